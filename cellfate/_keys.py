@@ -1,0 +1,25 @@
+"""Every name of an AnnData slot, spelled once."""
+
+KEY = "cellfate"  # default of `key_added`
+TREE = "tree"
+SPATIAL = "spatial"
+
+PARAMS = "params"
+COMPONENTS = "components"
+SHARES = "shares"
+FIXED_EFFECTS = "fixed_effects"
+DRAWS = "draws"
+MODE = "mode"
+FREE_ENERGY = "free_energy"
+LOG_EVIDENCE = "log_evidence"
+DIAGNOSTICS = "diagnostics"
+
+
+def effects(key: str) -> str:
+    """The `obsm` slot of per-cell effects."""
+    return f"{key}_effects"
+
+
+def missing(tree_key: str) -> str:
+    """The `uns` slot that says which cells have no leaf, and what to do with them."""
+    return f"{tree_key}_missing"
