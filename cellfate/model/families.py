@@ -1,0 +1,301 @@
+"""Families: the distribution of a fate given the latent value of its cell.
+
+A new family is one class: its log-density, two derivatives, a start, a simulator. Gaussian expectations come by quadrature
+unless the class knows them in closed form.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellfate.errors import DataError
+from cellfate.model.links import BINARY_LINKS, BinaryLink, Cloglog
+
+QUADRATURE_NODES = 40
+SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivative of sqrt(variance) finite
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was observed: `y` (n,), and for a binomial fate the number of trials (n,)."""
+
+    y: Tensor
+    trials: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Expectations of `f = log p(y | eta)` under `eta ~ N(mean, variance)`, cell by cell, each (..., n)."""
+
+    value: Tensor  # E f
+    slope: Tensor  # E f'
+    precision: Tensor  # -E f''
+    excess: Tensor  # Var f minus the part that a quadratic in eta explains
+
+
+@lru_cache
+def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    x, w = np.polynomial.hermite_e.hermegauss(nodes)
+    return x, w / math.sqrt(2 * math.pi)
+
+
+def quadrature(like: Tensor, nodes: int = QUADRATURE_NODES) -> tuple[Tensor, Tensor]:
+    """Nodes and weights (nodes,) of the standard normal in the dtype and on the device of `like`."""
+    x, w = _hermite(nodes)
+    return torch.as_tensor(x, dtype=like.dtype, device=like.device), torch.as_tensor(w, dtype=like.dtype, device=like.device)
+
+
+class Family(ABC):
+    """Distribution of a response given `eta`; `phi` is the family's own hyperparameter (...,) where it has one."""
+
+    name: ClassVar[str]
+    links: ClassVar[tuple[str, ...]]
+    parameter: ClassVar[str | None] = None  # the natural name of `phi`
+    kind: ClassVar[str]  # what a response has to be: real, binary, successes, count
+
+    def __init__(self, link: str | None = None) -> None:
+        link = self.links[0] if link is None else link
+        if link not in self.links:
+            raise DataError(f"family {self.name!r} has no link {link!r}; choose from {', '.join(self.links)}.")
+        self.link = link
+
+    @abstractmethod
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor: ...
+
+    @abstractmethod
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """First and second derivative of :meth:`log_prob` in `eta`."""
+
+    @abstractmethod
+    def start(self, outcome: Outcome) -> Tensor:
+        """A rough `eta` (n,) for each cell on its own, where iterations begin."""
+
+    @abstractmethod
+    def inverse_link(self, eta: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def simulate(
+        self,
+        eta: np.ndarray,
+        *,
+        rng: np.random.Generator,
+        trials: np.ndarray | float | None = None,
+        dispersion: float | None = None,
+        variance_residual: float | None = None,
+    ) -> np.ndarray:
+        """Draw one response per cell given `eta` (n,)."""
+
+    @abstractmethod
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        """Variance that the distribution itself adds on the link scale.
+
+        `eta` (..., n) is the fixed part of the linear predictor, `total` (...,) the variance of the random components.
+        After Nakagawa, Johnson & Schielzeth (2017), with the trigamma form for log links.
+        """
+
+    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
+        """Expectations under `N(mean, variance)`, by Gauss-Hermite quadrature."""
+        x, w = quadrature(mean)
+        variance = variance.clamp(min=SMALLEST_VARIANCE)
+        eta = mean[..., None] + variance.sqrt()[..., None] * x
+        wide = Outcome(outcome.y[..., None], None if outcome.trials is None else outcome.trials[..., None])
+        phi = None if phi is None else phi[..., None]
+        f = self.log_prob(wide, eta, phi)
+        d1, d2 = self.derivatives(wide, eta, phi)
+        value, slope, precision = (f * w).sum(-1), (d1 * w).sum(-1), -(d2 * w).sum(-1)
+        spread = ((f - value[..., None]).square() * w).sum(-1)
+        # Hermite coefficients by Stein's identity: a1 = sd E f', a2 = variance E f'' / 2
+        excess = spread - variance * slope.square() - 0.5 * (variance * precision).square()
+        return Expectation(value, slope, precision, excess.clamp(min=0.0))
+
+    def at(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Expectation:
+        """The same quantities at a point, as Laplace's method takes them."""
+        d1, d2 = self.derivatives(outcome, eta, phi)
+        return Expectation(self.log_prob(outcome, eta, phi), d1, -d2, torch.zeros_like(d1))
+
+
+class Gaussian(Family):
+    """`y ~ N(eta, phi)`; `phi` is the residual variance."""
+
+    name, links, kind, parameter = "gaussian", ("identity",), "real", "variance_residual"
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        assert phi is not None
+        return -0.5 * (outcome.y - eta).square() / phi - 0.5 * torch.log(2 * math.pi * phi)
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert phi is not None
+        return (outcome.y - eta) / phi, (-1 / phi).expand_as(eta)
+
+    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
+        point = self.at(outcome, mean, phi)
+        return Expectation(
+            point.value - 0.5 * variance * point.precision, point.slope, point.precision, torch.zeros_like(mean)
+        )
+
+    def start(self, outcome: Outcome) -> Tensor:
+        return outcome.y
+
+    def inverse_link(self, eta: Tensor) -> Tensor:
+        return eta
+
+    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+        return eta + math.sqrt(1.0 if variance_residual is None else variance_residual) * rng.standard_normal(eta.shape)
+
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(total)  # the residual variance is a component of its own
+
+
+class Binomial(Family):
+    """`y` successes out of `trials`."""
+
+    name, links, kind = "binomial", tuple(BINARY_LINKS), "successes"
+
+    def __init__(self, link: str | None = None) -> None:
+        super().__init__(link)
+        self._link: BinaryLink = BINARY_LINKS[self.link]()
+
+    def _trials(self, outcome: Outcome) -> Tensor:
+        assert outcome.trials is not None
+        return outcome.trials
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        y, n = outcome.y, self._trials(outcome)
+        success, failure = self._link.log_probabilities(eta)
+        ways = torch.lgamma(n + 1) - torch.lgamma(y + 1) - torch.lgamma(n - y + 1)
+        return y * success + (n - y) * failure + ways
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, n = outcome.y, self._trials(outcome)
+        (s1, f1), (s2, f2) = self._link.first(eta), self._link.second(eta)
+        return y * s1 + (n - y) * f1, y * s2 + (n - y) * f2
+
+    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
+        if not isinstance(self._link, Cloglog):
+            return super().expect(outcome, mean, variance, phi)
+        # log(1 - p) = -exp(eta) grows too fast in the far nodes for quadrature alone when the posterior is wide: it stays
+        # accurate up to a standard deviation of about 3, beyond which the start of the iterations is kept from running off.
+        return super().expect(outcome, mean, variance.clamp(max=9.0), phi)
+
+    def start(self, outcome: Outcome) -> Tensor:
+        n = self._trials(outcome)
+        return self._link.forward((outcome.y + 0.5) / (n + 1))
+
+    def inverse_link(self, eta: Tensor) -> Tensor:
+        return self._link.inverse(eta)
+
+    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+        p = self._link.inverse(torch.as_tensor(np.asarray(eta, dtype=float))).numpy()
+        return rng.binomial(np.asarray(1 if trials is None else trials, dtype=np.int64), p).astype(float)
+
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        return torch.full_like(total, self._link.distribution_variance)
+
+
+class Bernoulli(Binomial):
+    """A fate that is there (1) or not (0)."""
+
+    name, kind = "bernoulli", "binary"
+
+    def _trials(self, outcome: Outcome) -> Tensor:
+        return torch.ones_like(outcome.y)
+
+
+class _LogCount(Family):
+    links, kind = ("log",), "count"
+
+    def start(self, outcome: Outcome) -> Tensor:
+        return torch.log(outcome.y + 0.5)
+
+    def inverse_link(self, eta: Tensor) -> Tensor:
+        return torch.exp(eta)
+
+
+class Poisson(_LogCount):
+    """Counts with variance equal to the mean."""
+
+    name = "poisson"
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        return outcome.y * eta - torch.exp(eta) - torch.lgamma(outcome.y + 1)
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rate = torch.exp(eta)
+        return outcome.y - rate, -rate
+
+    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
+        rate = torch.exp(mean + variance / 2)
+        value = outcome.y * mean - rate - torch.lgamma(outcome.y + 1)
+        # e^v - 1 - v - v^2/2 by its series where the difference would cancel
+        series = variance**3 * (1 / 6 + variance * (1 / 24 + variance * (1 / 120 + variance / 720)))
+        rest = torch.where(variance < 0.05, series, torch.expm1(variance) - variance - variance.square() / 2)
+        return Expectation(value, outcome.y - rate, rate, rate.square() * rest)
+
+    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+        return rng.poisson(np.exp(eta)).astype(float)
+
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        return torch.special.polygamma(1, torch.exp(eta + total[..., None] / 2).mean(-1))
+
+
+class NegativeBinomial(_LogCount):
+    """Counts with variance `mu + phi mu^2` (NB2); `phi` is the dispersion."""
+
+    name, parameter = "negative_binomial", "dispersion"
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        assert phi is not None
+        y, size = outcome.y, 1 / phi
+        shifted = eta + torch.log(phi)  # log(mu / size)
+        ways = torch.lgamma(y + size) - torch.lgamma(size) - torch.lgamma(y + 1)
+        return ways + y * shifted - (y + size) * torch.nn.functional.softplus(shifted)
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert phi is not None
+        y, size = outcome.y, 1 / phi
+        shifted = eta + torch.log(phi)
+        p = torch.sigmoid(shifted)
+        return y - (y + size) * p, -(y + size) * p * torch.sigmoid(-shifted)
+
+    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+        phi = 0.5 if dispersion is None else dispersion
+        return rng.poisson(np.exp(eta) * rng.gamma(1 / phi, phi, size=np.shape(eta))).astype(float)
+
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        assert phi is not None
+        rate = torch.exp(eta + total[..., None] / 2).mean(-1)
+        return torch.special.polygamma(1, 1 / (1 / rate + phi))
+
+
+def concrete(base: type[Family] = Family) -> list[type[Family]]:
+    """Every family that can be used, found by walking the subclasses."""
+    found = [] if inspect.isabstract(base) else [base]
+    for child in base.__subclasses__():
+        found += concrete(child)
+    return found
+
+
+NOT_YET = {
+    "categorical": "fit one fate against the rest with family='bernoulli'",
+    "ordinal": "fit 'at or above a stage' with family='bernoulli'",
+    "beta": "fit the logit of the probability with family='gaussian'",
+}
+
+
+def get_family(name: str, link: str | None = None) -> Family:
+    """The family called `name`, with its default link unless `link` is given."""
+    if name in NOT_YET:
+        raise NotImplementedError(f"family {name!r} is not there yet; meanwhile {NOT_YET[name]}.")
+    known = {family.name: family for family in concrete()}
+    if name not in known:
+        raise DataError(f"unknown family {name!r}; choose from {', '.join(sorted(known))}.")
+    return known[name](link)
