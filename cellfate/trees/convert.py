@@ -58,8 +58,10 @@ def _read(tree: Any, branch_length: str | None, label: str) -> Forest:
         return _from_array(tree, label)
     if isinstance(tree, Sequence):
         return Forest.join([_read(one, branch_length, f"{label} {i}") for i, one in enumerate(tree)])
-    raise DataError(f"{label} cannot be read from {type(tree).__name__}. Give a networkx.DiGraph, Newick text, an edge "
-                    "table with columns parent and child, or a dict of those by specimen.")
+    raise DataError(
+        f"{label} cannot be read from {type(tree).__name__}. Give a networkx.DiGraph, Newick text, an edge "
+        "table with columns parent and child, or a dict of those by specimen."
+    )
 
 
 # --- Newick ---------------------------------------------------------------------------------------------------------------
@@ -67,13 +69,17 @@ def _read(tree: Any, branch_length: str | None, label: str) -> Forest:
 
 def _from_newick(text: str, branch_length: str | None, label: str) -> Forest:
     if branch_length is not None:
-        raise DataError(f"{label} is Newick text, which carries its own lengths; branch_length={branch_length!r} names an "
-                        "edge attribute or column. Leave it out.")
+        raise DataError(
+            f"{label} is Newick text, which carries its own lengths; branch_length={branch_length!r} names an "
+            "edge attribute or column. Leave it out."
+        )
     if not text.strip():
         raise DataError(f"{label} is empty: Newick text without a character. Give a tree with at least one leaf.")
     if "(" not in text and ";" not in text:
-        raise DataError(f"{label} is no Newick text: {_excerpt(text)} has neither parentheses nor a semicolon. If it names a "
-                        "file, give the file's text; a tree of one cell is written 'cell;'.")
+        raise DataError(
+            f"{label} is no Newick text: {_excerpt(text)} has neither parentheses nor a semicolon. If it names a "
+            "file, give the file's text; a tree of one cell is written 'cell;'."
+        )
     quoted: list[str] = []
 
     def token(match: re.Match[str]) -> str:
@@ -94,20 +100,25 @@ def _from_newick(text: str, branch_length: str | None, label: str) -> Forest:
     return _assemble(names, parent, length, label)
 
 
-def _grow(text: str, quoted: Sequence[str], label: str, names: list[str], parent: list[int],
-          length: list[float | None]) -> None:
+def _grow(
+    text: str, quoted: Sequence[str], label: str, names: list[str], parent: list[int], length: list[float | None]
+) -> None:
     """Read one tree and append its nodes."""
     from treeswift import read_tree_newick
 
     opened, closed = text.count("("), text.count(")")
     if opened != closed:
-        raise DataError(f"{label} is not readable as Newick: {opened} opening and {closed} closing parentheses in "
-                        f"{_excerpt(text)}. Check that the text is complete.")
+        raise DataError(
+            f"{label} is not readable as Newick: {opened} opening and {closed} closing parentheses in "
+            f"{_excerpt(text)}. Check that the text is complete."
+        )
     try:
         root = read_tree_newick((text + ";").ljust(1000)).root  # a shorter text might be taken for the name of a file
     except RuntimeError as e:
-        raise DataError(f"{label} is not readable as Newick: {_excerpt(text)}. Check parentheses, commas and that every "
-                        "length after a colon is a number; names with such characters need quotes.") from e
+        raise DataError(
+            f"{label} is not readable as Newick: {_excerpt(text)}. Check parentheses, commas and that every "
+            "length after a colon is a number; names with such characters need quotes."
+        ) from e
     stack = [(root, -1)]
     while stack:
         node, above = stack.pop()
@@ -116,8 +127,10 @@ def _grow(text: str, quoted: Sequence[str], label: str, names: list[str], parent
             before, *numbers = name.split(QUOTED)
             if before or len(numbers) > 1 or not numbers[0].isdigit():
                 whole = re.sub(f"{QUOTED}([0-9]+)", lambda match: f"'{quoted[int(match[1])]}'", name)
-                raise DataError(f"{label} is not readable as Newick: text beside a quoted name in {_excerpt(whole)}. "
-                                "Quote a name as a whole, and double a quote inside it.")
+                raise DataError(
+                    f"{label} is not readable as Newick: text beside a quoted name in {_excerpt(whole)}. "
+                    "Quote a name as a whole, and double a quote inside it."
+                )
             name = quoted[int(numbers[0])]
         names.append(name)
         parent.append(above)
@@ -137,7 +150,8 @@ def _newick_lines(forest: Forest) -> list[str]:
     top = np.zeros(forest.n_nodes, dtype=np.int64)  # the highest node that begins at a leaf
     np.maximum.at(top, forest.start, np.arange(forest.n_nodes))
     for node, (above, length, name, leaf) in enumerate(
-            zip(forest.parent.tolist(), forest.branch_length.tolist(), forest.names, forest.is_leaf.tolist(), strict=True)):
+        zip(forest.parent.tolist(), forest.branch_length.tolist(), forest.names, forest.is_leaf.tolist(), strict=True)
+    ):
         if leaf:
             elder = forest.parent[top[node]]
             parts.append("," if elder >= 0 and first[elder] < node else "")
@@ -172,34 +186,49 @@ def to_newick_dict(forest: Forest) -> dict[str, str]:
 
 def _from_graph(graph: nx.DiGraph[Any], branch_length: str | None, label: str) -> Forest:
     if not graph.is_directed():
-        raise DataError(f"{label} is an undirected graph of {graph.number_of_nodes()} nodes. Give a networkx.DiGraph whose "
-                        "edges point from parent to child, e.g. `nx.bfs_tree(graph, root)` with the lengths copied.")
+        raise DataError(
+            f"{label} is an undirected graph of {graph.number_of_nodes()} nodes. Give a networkx.DiGraph whose "
+            "edges point from parent to child, e.g. `nx.bfs_tree(graph, root)` with the lengths copied."
+        )
     nodes = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}
     edges = [(index[above], index[below], data) for above, below, data in graph.edges(data=True)]
     names = [str(node) for node in nodes]
     if len(set(names)) < len(names):
-        raise DataError(f"{label} has {len(names)} nodes but {len(set(names))} different names once written as text. "
-                        "Rename the nodes.")
-    parent = _one_parent([names[above] for above, _, _ in edges], [above for above, _, _ in edges],
-                         [below for _, below, _ in edges], names, label)
+        raise DataError(
+            f"{label} has {len(names)} nodes but {len(set(names))} different names once written as text. "
+            "Rename the nodes."
+        )
+    parent = _one_parent(
+        [names[above] for above, _, _ in edges],
+        [above for above, _, _ in edges],
+        [below for _, below, _ in edges],
+        names,
+        label,
+    )
     length: list[float | None] = [None] * len(nodes)
     wanted = (branch_length,) if branch_length is not None else LENGTHS
     attribute = next((key for key in wanted if any(key in data for _, _, data in edges)), None)
     if attribute is None and branch_length is not None and edges:
-        raise DataError(f"{label} has no edge attribute {branch_length!r} on any of its {len(edges)} edges. "
-                        "Name the attribute that holds branch lengths, or leave branch_length out.")
+        raise DataError(
+            f"{label} has no edge attribute {branch_length!r} on any of its {len(edges)} edges. "
+            "Name the attribute that holds branch lengths, or leave branch_length out."
+        )
     times = next((key for key in TIMES if any(key in data for _, data in graph.nodes(data=True))), None)
     if attribute is not None:
         for _, below, data in edges:
             length[below] = _number(data.get(attribute), f"edge attribute {attribute!r}", names[below], label)
     elif times is not None and edges:
-        at = {index[node]: _number(value, f"node attribute {times!r}", str(node), label)
-              for node, value in graph.nodes(data=times)}
+        at = {
+            index[node]: _number(value, f"node attribute {times!r}", str(node), label)
+            for node, value in graph.nodes(data=times)
+        }
         missing = [names[i] for i, value in at.items() if value is None]
         if missing:
-            raise DataError(f"{label} has no {times!r} on {len(missing)} of {len(nodes)} nodes: {examples(missing)}. "
-                            f"Set {times!r} on all nodes, or `length` on all edges.")
+            raise DataError(
+                f"{label} has no {times!r} on {len(missing)} of {len(nodes)} nodes: {examples(missing)}. "
+                f"Set {times!r} on all nodes, or `length` on all edges."
+            )
         for above, below, _ in edges:
             length[below] = (at[below] or 0.0) - (at[above] or 0.0)
     for i, node in enumerate(nodes):  # the length above a root has no edge to stand on
@@ -248,8 +277,10 @@ def graph_names(forest: Forest) -> list[str]:
 
 def _from_array(table: np.ndarray, label: str) -> Forest:
     if table.ndim != 2 or table.shape[1] not in (2, 3):
-        raise DataError(f"{label} is an array of shape {table.shape}. An edge table has two columns (parent, child) or three "
-                        "(parent, child, length).")
+        raise DataError(
+            f"{label} is an array of shape {table.shape}. An edge table has two columns (parent, child) or three "
+            "(parent, child, length)."
+        )
     columns = {"parent": table[:, 0], "child": table[:, 1]}
     if table.shape[1] == 3:
         columns["length"] = table[:, 2]
@@ -260,8 +291,10 @@ def _from_table(table: Any, branch_length: str | None, label: str) -> Forest:
     columns = [str(column) for column in (table.columns if hasattr(table, "columns") else table)]
     missing = [column for column in ("parent", "child", branch_length) if column is not None and column not in columns]
     if missing:
-        raise DataError(f"{label} is an edge table without column {examples(missing)}; it has {examples(columns)}. "
-                        "Name the columns parent, child and length.")
+        raise DataError(
+            f"{label} is an edge table without column {examples(missing)}; it has {examples(columns)}. "
+            "Name the columns parent, child and length."
+        )
     parents, children = (np.asarray(table[column], dtype=object) for column in ("parent", "child"))
     if len(children) == 0:
         raise DataError(f"{label} is empty: an edge table without rows. Give a tree with at least one leaf.")
@@ -313,8 +346,9 @@ def _number(value: Any, what: str, name: Hashable, label: str) -> float | None:
         raise DataError(f"{label} has {what} {value!r} at {name!r}, which is no number. Give numbers.") from e
 
 
-def _one_parent(parent_names: Sequence[str], above: Iterable[int], below: Iterable[int], names: Sequence[str],
-                label: str) -> list[int]:
+def _one_parent(
+    parent_names: Sequence[str], above: Iterable[int], below: Iterable[int], names: Sequence[str], label: str
+) -> list[int]:
     """Parent of every node, which has to be one."""
     parent = [-1] * len(names)
     seen = [False] * len(names)
@@ -326,8 +360,10 @@ def _one_parent(parent_names: Sequence[str], above: Iterable[int], below: Iterab
         parent[j] = i
     if twice:
         child, parents = next(iter(twice.items()))
-        raise DataError(f"{label} has {len(twice)} nodes with more than one parent: {examples(twice)}; {child!r} has "
-                        f"{examples(parents)}. Remove the edges that are not descent by division.")
+        raise DataError(
+            f"{label} has {len(twice)} nodes with more than one parent: {examples(twice)}; {child!r} has "
+            f"{examples(parents)}. Remove the edges that are not descent by division."
+        )
     return parent
 
 
@@ -347,22 +383,30 @@ def _assemble(names: Sequence[str], parent: Sequence[int], length: Sequence[floa
     order.reverse()
     if len(order) < len(names):
         cycle = _find_cycle(parent, set(range(len(names))).difference(order))
-        raise DataError(f"{label} has a cycle of {len(cycle)} nodes: {examples(names[node] for node in cycle)}. "
-                        "An ancestor cannot be its own descendant: remove one of these edges.")
+        raise DataError(
+            f"{label} has a cycle of {len(cycle)} nodes: {examples(names[node] for node in cycle)}. "
+            "An ancestor cannot be its own descendant: remove one of these edges."
+        )
     missing = [node for node in order if length[node] is None and parent[node] != -1]
     branches = len(names) - len(roots)
     if missing and len(missing) < branches:
-        raise DataError(f"{label} has no length on {len(missing)} of {branches} branches, above "
-                        f"{examples(names[node] or 'an unnamed node' for node in missing)}. "
-                        "Give lengths on all branches, or on none for unit lengths.")
+        raise DataError(
+            f"{label} has no length on {len(missing)} of {branches} branches, above "
+            f"{examples(names[node] or 'an unnamed node' for node in missing)}. "
+            "Give lengths on all branches, or on none for unit lengths."
+        )
     default = 1.0 if missing else 0.0
     values = [0.0 if parent[node] == -1 and length[node] is None else _or(length[node], default) for node in order]
     index = np.empty(len(names) + 1, dtype=np.int64)
     index[order] = np.arange(len(names))
     index[-1] = -1
     try:
-        return Forest(index[[parent[node] for node in order]], np.array(values), np.array([names[node] for node in order]),
-                      tuple(str(i) for i in range(len(roots))))
+        return Forest(
+            index[[parent[node] for node in order]],
+            np.array(values),
+            np.array([names[node] for node in order]),
+            tuple(str(i) for i in range(len(roots))),
+        )
     except DataError as e:
         raise DataError(str(e).replace("the tree", label[0].lower() + label[1:]).replace("The tree", label)) from e
 
@@ -378,4 +422,4 @@ def _find_cycle(parent: Sequence[int], among: Iterable[int]) -> list[int]:
         seen[node] = None
         node = parent[node]
     path = list(seen)
-    return path[path.index(node):][::-1]
+    return path[path.index(node) :][::-1]

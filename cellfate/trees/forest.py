@@ -49,20 +49,28 @@ class Forest:
             raise DataError(f"The tree has {n} nodes but {self.branch_length.size} branch lengths. Give one per node.")
         below = self.parent[~self.is_root]
         if (below <= np.flatnonzero(~self.is_root)).any() or (below >= n).any() or (self.parent < -1).any():
-            raise DataError("The nodes of the tree are not in post-order: a parent has to come after its children. "
-                            "Build the forest with `to_forest`.")
+            raise DataError(
+                "The nodes of the tree are not in post-order: a parent has to come after its children. "
+                "Build the forest with `to_forest`."
+            )
         if (self.start != np.arange(n) - self._size + 1).any():
-            raise DataError("The nodes of the tree are not in post-order: a subtree is not one contiguous run of nodes. "
-                            "Build the forest with `to_forest`.")
+            raise DataError(
+                "The nodes of the tree are not in post-order: a subtree is not one contiguous run of nodes. "
+                "Build the forest with `to_forest`."
+            )
         bad = np.flatnonzero(~np.isfinite(self.branch_length))
         if bad.size:
-            raise DataError(f"{bad.size} of {n} branch lengths are NaN or infinite, above {self._label(bad)}. "
-                            "Give every branch a finite length, or none for unit lengths.")
+            raise DataError(
+                f"{bad.size} of {n} branch lengths are NaN or infinite, above {self._label(bad)}. "
+                "Give every branch a finite length, or none for unit lengths."
+            )
         bad = np.flatnonzero(self.branch_length < 0)
         if bad.size:
-            raise DataError(f"{bad.size} of {n} branch lengths are negative, above {self._label(bad)}. "
-                            "Set them to zero or re-estimate the tree; where lengths come from node times, a child may "
-                            "not be earlier than its parent.")
+            raise DataError(
+                f"{bad.size} of {n} branch lengths are negative, above {self._label(bad)}. "
+                "Set them to zero or re-estimate the tree; where lengths come from node times, a child may "
+                "not be earlier than its parent."
+            )
         leaf_names = self.names[self.leaves]
         nameless = int((leaf_names == "").sum())
         if nameless:
@@ -70,16 +78,20 @@ class Forest:
         if len(self._leaf_index) < self.n_leaves:
             unique, counts = np.unique(leaf_names.astype(str), return_counts=True)
             twice = unique[counts > 1]
-            raise DataError(f"{twice.size} leaf names occur more than once in the tree: {examples(twice)}. "
-                            "Leaf names have to be unique, over all trees together.")
+            raise DataError(
+                f"{twice.size} leaf names occur more than once in the tree: {examples(twice)}. "
+                "Leaf names have to be unique, over all trees together."
+            )
         if len(self.tree_names) != self.n_trees:
-            raise DataError(f"The forest has {self.n_trees} trees but {len(self.tree_names)} tree names. Give one per tree.")
+            raise DataError(
+                f"The forest has {self.n_trees} trees but {len(self.tree_names)} tree names. Give one per tree."
+            )
 
     def _label(self, nodes: np.ndarray) -> str:
         return examples(self.names[node] or f"unnamed node {node}" for node in nodes)
 
     def __repr__(self) -> str:
-        return (f"Forest({self.n_trees} trees, {self.n_leaves} leaves, {self.n_nodes} nodes, height {self.height:g})")
+        return f"Forest({self.n_trees} trees, {self.n_leaves} leaves, {self.n_nodes} nodes, height {self.height:g})"
 
     @property
     def n_nodes(self) -> int:
@@ -162,8 +174,10 @@ class Forest:
         wanted = [str(name) for name in names]
         missing = [name for name in wanted if name not in self._leaf_index]
         if missing:
-            raise DataError(f"{len(missing)} of {len(wanted)} names are no leaf of the tree: {examples(missing)}. "
-                            f"Its leaves are named like {examples(self.names[self.leaves[:3]])}.")
+            raise DataError(
+                f"{len(missing)} of {len(wanted)} names are no leaf of the tree: {examples(missing)}. "
+                f"Its leaves are named like {examples(self.names[self.leaves[:3]])}."
+            )
         return np.array([self._leaf_index[name] for name in wanted], dtype=np.int64)
 
     @cached_property
@@ -213,8 +227,10 @@ class Forest:
         kept = np.zeros(self.n_nodes, dtype=bool)
         kept[self.nodes_of(keep)] = True
         if not kept.any():
-            raise DataError(f"Pruning would leave none of the {self.n_leaves} leaves of the tree. "
-                            "Check that leaf names and cell names are the same.")
+            raise DataError(
+                f"Pruning would leave none of the {self.n_leaves} leaves of the tree. "
+                "Check that leaf names and cell names are the same."
+            )
         left = [0] * self.n_nodes
         alive, parent = kept.tolist(), self.parent.tolist()
         for node, above in enumerate(parent):
@@ -231,8 +247,12 @@ class Forest:
         stay = np.array(alive) & ~lost
         index = np.append(np.cumsum(stay) - 1, -1)  # the last entry answers for parent -1
         trees = np.unique(self.tree[stay])
-        return Forest(index[np.array(parent)[stay]], np.array(length)[stay], self.names[stay],
-                      tuple(self.tree_names[tree] for tree in trees))
+        return Forest(
+            index[np.array(parent)[stay]],
+            np.array(length)[stay],
+            self.names[stay],
+            tuple(self.tree_names[tree] for tree in trees),
+        )
 
     @classmethod
     def join(cls, forests: Sequence[Forest], names: Sequence[str] | None = None) -> Forest:
@@ -243,11 +263,17 @@ class Forest:
         if not forests:
             raise DataError("No tree was given. Give at least one.")
         offsets = np.cumsum([0, *(forest.n_nodes for forest in forests)])
-        parents = [np.where(forest.is_root, -1, forest.parent + offset)
-                   for forest, offset in zip(forests, offsets, strict=False)]
+        parents = [
+            np.where(forest.is_root, -1, forest.parent + offset)
+            for forest, offset in zip(forests, offsets, strict=False)
+        ]
         if names is None:
             tree_names = tuple(str(i) for i in range(sum(forest.n_trees for forest in forests)))
         else:
             tree_names = tuple(name for name, forest in zip(names, forests, strict=True) for _ in range(forest.n_trees))
-        return cls(np.concatenate(parents), np.concatenate([forest.branch_length for forest in forests]),
-                   np.concatenate([forest.names for forest in forests]), tree_names)
+        return cls(
+            np.concatenate(parents),
+            np.concatenate([forest.branch_length for forest in forests]),
+            np.concatenate([forest.names for forest in forests]),
+            tree_names,
+        )
