@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.model.links import BINARY_LINKS, BinaryLink, Cloglog
+from cellfate.model.links import BINARY_LINKS, BinaryLink
 
 QUADRATURE_NODES = 40
 SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivative of sqrt(variance) finite
@@ -55,7 +55,10 @@ def quadrature(like: Tensor, nodes: int = QUADRATURE_NODES) -> tuple[Tensor, Ten
 
 
 class Family(ABC):
-    """Distribution of a response given `eta`; `phi` is the family's own hyperparameter (...,) where it has one."""
+    """Distribution of a response given `eta` (..., n).
+
+    `phi` is the family's own hyperparameter where it has one, of shape (..., 1) so that it goes with `eta`.
+    """
 
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]]
@@ -98,7 +101,8 @@ class Family(ABC):
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         """Variance that the distribution itself adds on the link scale.
 
-        `eta` (..., n) is the fixed part of the linear predictor, `total` (...,) the variance of the random components.
+        `eta` (..., n) is the fixed part of the linear predictor, `total` (..., 1) the variance of the random components;
+        the answer is (..., 1).
         After Nakagawa, Johnson & Schielzeth (2017), with the trigamma form for log links.
         """
 
@@ -179,13 +183,6 @@ class Binomial(Family):
         (s1, f1), (s2, f2) = self._link.first(eta), self._link.second(eta)
         return y * s1 + (n - y) * f1, y * s2 + (n - y) * f2
 
-    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
-        if not isinstance(self._link, Cloglog):
-            return super().expect(outcome, mean, variance, phi)
-        # log(1 - p) = -exp(eta) grows too fast in the far nodes for quadrature alone when the posterior is wide: it stays
-        # accurate up to a standard deviation of about 3, beyond which the start of the iterations is kept from running off.
-        return super().expect(outcome, mean, variance.clamp(max=9.0), phi)
-
     def start(self, outcome: Outcome) -> Tensor:
         n = self._trials(outcome)
         return self._link.forward((outcome.y + 0.5) / (n + 1))
@@ -244,7 +241,7 @@ class Poisson(_LogCount):
         return rng.poisson(np.exp(eta)).astype(float)
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
-        return torch.special.polygamma(1, torch.exp(eta + total[..., None] / 2).mean(-1))
+        return torch.special.polygamma(1, torch.exp(eta + total / 2).mean(-1, keepdim=True))
 
 
 class NegativeBinomial(_LogCount):
@@ -272,7 +269,7 @@ class NegativeBinomial(_LogCount):
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None
-        rate = torch.exp(eta + total[..., None] / 2).mean(-1)
+        rate = torch.exp(eta + total / 2).mean(-1, keepdim=True)
         return torch.special.polygamma(1, 1 / (1 / rate + phi))
 
 

@@ -1,0 +1,356 @@
+"""The exact engine: a Cholesky factor per block of cells that can depend on each other.
+
+Prior covariance K = A + Z S Z': A is block-diagonal, Z holds the columns that every block shares (fixed effects, grouping
+factors that cross blocks). With W^2 the site precisions and B = I + W A W per block, the matrix inversion lemma gives
+
+    Sigma = A - A W B^-1 W A + E E',    R = W B^-1 W - V V',
+
+with E and V tall matrices of as many columns as Z. Blocks cost O(s^3), the shared columns O(n m).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cellfate.engines.base import Engine, Posterior, Sites
+from cellfate.engines.blocks import Blocks, connect
+from cellfate.errors import DataError
+from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
+
+WEAK = 1e-4  # below this share of information from its own site, a cell's variance is computed without a difference
+JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it
+
+
+@dataclass
+class DensePrior:
+    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m)."""
+
+    blocks: list[Tensor]
+    columns: Tensor
+    spectrum: Tensor
+
+
+class DenseEngine(Engine):
+    """Exact for every kernel; memory is the sum of the squared block sizes."""
+
+    name = "dense"
+
+    def __init__(
+        self, components: Sequence[Component], n: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.n, self.like = n, torch.empty(0, device=device, dtype=dtype)
+        kernels = {component.name: component.kernel for component in components}
+        labels = [labels for kernel in kernels.values() if (labels := kernel.independent()) is not None]
+        self.blocks = Blocks(connect(labels, n), device)
+        self._kernels = kernels
+        self._geometry: dict[str, list] = {}
+        self._constant: dict[str, list[Tensor]] = {}
+        self._factors: dict[str, list[Tensor]] = {}
+
+    # -- the prior -----------------------------------------------------------------------------------------------------
+
+    def _inside(self, term: Term) -> bool:
+        """Whether a component lives inside the blocks; a basis does when each of its columns does."""
+        if not isinstance(term.structure, Basis):
+            return True
+        if term.name not in self._kernels:
+            return False
+        if self.blocks.count == 1:
+            return True
+        touched = sum((part != 0).any(-2).sum(-2) for part in self.blocks.gather(term.structure.phi))
+        return bool((torch.as_tensor(touched) <= 1).all())
+
+    def _unit(self, term: Term) -> list[Tensor]:
+        """The component's covariance at variance 1, per stack."""
+        if term.name in self._constant:
+            return self._constant[term.name]
+        if isinstance(term.structure, Basis):
+            parts = self.blocks.gather(term.structure.phi)
+            unit = [(part * term.structure.spectrum[..., None, None, :]) @ part.mT for part in parts]
+        else:
+            assert isinstance(term.structure, Dense)
+            if term.name not in self._geometry:
+                kernel = self._kernels[term.name]
+                self._geometry[term.name] = [kernel.geometry(stack) for stack in self.blocks.stacks]
+            unit = [term.structure.dense(geometry).to(self.like) for geometry in self._geometry[term.name]]
+        if term.normalized:
+            unit = self._normalize(term, unit)
+        if all(h.fixed is not None for h in self._kernels[term.name].hyperparameters):
+            self._constant[term.name] = unit
+        return unit
+
+    def _normalize(self, term: Term, unit: list[Tensor]) -> list[Tensor]:
+        trace = sum(k.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) for k in unit)
+        total = sum(k.sum((-3, -2, -1)) for k in unit)
+        scale = sample_variance(torch.as_tensor(trace), torch.as_tensor(total), self.n)
+        if not bool((scale > 1e-12 * torch.as_tensor(trace) / self.n).all()):
+            raise DataError(f"component {term.name!r} is constant over the cells: it cannot explain any variation.")
+        return [k / scale[..., None, None, None] for k in unit]
+
+    def covariance(self, term: Term) -> list[Tensor]:
+        """Covariance of a component inside the blocks, per stack (..., blocks, s, s)."""
+        return [term.variance[..., None, None, None] * k for k in self._unit(term)]
+
+    def _shared(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+        """Columns Z (n, m) and spectrum (..., m) of the components that cross blocks."""
+        phi, spectrum = [self.like.new_zeros(self.n, 0)], [self.like.new_zeros(0)]
+        for term in terms:
+            if not self._inside(term):
+                assert isinstance(term.structure, Basis)
+                phi.append(term.structure.phi)
+                spectrum.append(term.variance[..., None] * term.structure.spectrum)
+        batch = torch.broadcast_shapes(*(s.shape[:-1] for s in spectrum))
+        return torch.cat(phi, -1), torch.cat([s.expand(*batch, -1) for s in spectrum], -1)
+
+    def prepare(self, terms: Sequence[Term]) -> DensePrior:
+        inside = [self.covariance(term) for term in terms if self._inside(term)]
+        if inside:
+            blocks = []
+            for parts in zip(*inside, strict=True):
+                total = parts[0]
+                for part in parts[1:]:
+                    total = total + part
+                blocks.append(total)
+        else:
+            blocks = [self.like.new_zeros(*stack.shape, stack.shape[1]) for stack in self.blocks.stacks]
+        return DensePrior(blocks, *self._shared(terms))
+
+    def select(self, prior: object, index: Tensor) -> DensePrior:
+        assert isinstance(prior, DensePrior)
+        blocks = [k[index] if k.ndim > 3 else k for k in prior.blocks]
+        spectrum = prior.spectrum[index] if prior.spectrum.ndim > 1 else prior.spectrum
+        return DensePrior(blocks, prior.columns, spectrum)
+
+    def condition(self, terms: Sequence[Term], sites: Sites, prior: object | None = None) -> DensePosterior:
+        prepared = self.prepare(terms) if prior is None else prior
+        assert isinstance(prepared, DensePrior)
+        return DensePosterior(self, prepared, sites)
+
+    def points_at_once(self, memory: float) -> int:
+        matrices = 6 + 2 * len(self._kernels)  # alive at the widest moment, the gradient's temporaries included
+        return max(1, int(memory / (self.blocks.entries * self.like.element_size() * matrices)))
+
+    def factor(self, term: Term) -> list[Tensor]:
+        """Lower factors of the unit covariance, per stack, with :data:`JITTER` on the diagonal."""
+        if term.name in self._factors:
+            return self._factors[term.name]
+        out = []
+        for k in self._unit(term):
+            diagonal = k.diagonal(dim1=-2, dim2=-1)
+            jitter = JITTER * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny) + (diagonal == 0)
+            out.append(torch.linalg.cholesky(k + torch.diag_embed(jitter.expand_as(diagonal))))
+        if term.name in self._constant:
+            self._factors[term.name] = out
+        return out
+
+
+class DensePosterior(Posterior):
+    def __init__(self, engine: DenseEngine, prior: DensePrior, sites: Sites) -> None:
+        self.engine, self.prior, self.sites = engine, prior, sites
+        blocks = engine.blocks
+        self._root = [w.sqrt() for w in blocks.gather(sites.precision[..., None])]  # W, (..., blocks, s, 1)
+        self._inverse: list[Tensor] = []  # B^-1
+        log_det: Tensor = sites.precision.new_zeros(())
+        for k, w in zip(prior.blocks, self._root, strict=True):
+            b = w * k * w.mT
+            b.diagonal(dim1=-2, dim2=-1).add_(1.0)
+            lower, info = torch.linalg.cholesky_ex(b)
+            if bool(info.any()):  # B is at least I: only an overflow gets here, and it must not pass for a number
+                lower = torch.where((info != 0)[..., None, None], torch.full_like(lower, torch.nan), lower)
+            log_det = log_det + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+            self._inverse.append(torch.cholesky_inverse(lower))
+        self._squares: list[Tensor] | None = None
+
+        z, root = prior.columns, prior.spectrum.sqrt()
+        zs = z * root[..., None, :]  # (..., n, m)
+        u = self._block_residual(zs)
+        capacity = zs.mT @ u
+        capacity = capacity + torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        factor = torch.linalg.cholesky(capacity)
+        self.log_det = log_det + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+        def by_factor(x: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
+
+        self._v = by_factor(u)
+        self._e = by_factor(zs - self._block_prior(u))
+        self._whitened = by_factor(self._blockwise(lambda w, inv, _k, x: inv @ (w * x), zs))  # V without its outer W
+
+        shift = sites.shift[..., None]
+        b = shift - self.residual(self.prior_times(shift))
+        self.weights = b[..., 0]
+        self.mean = self.prior_times(b)[..., 0]
+        self._block_variance = self._diagonal()
+        self.variance = self._block_variance + self._e.square().sum(-1)
+
+    # -- products ------------------------------------------------------------------------------------------------------
+
+    def _blockwise(self, do, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        parts = self.engine.blocks.gather(x)
+        pieces = zip(self._root, self._inverse, self.prior.blocks, parts, strict=True)
+        return self.engine.blocks.scatter([do(w, inv, k, part) for w, inv, k, part in pieces])
+
+    def _block_prior(self, x: Tensor) -> Tensor:
+        return self._blockwise(lambda _w, _inv, k, part: k @ part, x)
+
+    def _block_residual(self, x: Tensor) -> Tensor:
+        return self._blockwise(lambda w, inv, _k, part: w * (inv @ (w * part)), x)
+
+    def _block_smooth(self, x: Tensor) -> Tensor:
+        return self._block_prior(x - self._block_residual(self._block_prior(x)))
+
+    def prior_times(self, x: Tensor) -> Tensor:
+        z = self.prior.columns
+        return self._block_prior(x) + z @ (self.prior.spectrum[..., None] * (z.mT @ x))
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self._block_residual(x) - self._v @ (self._v.mT @ x)
+
+    def smooth(self, x: Tensor) -> Tensor:
+        return self._block_smooth(x) + self._e @ (self._e.mT @ x)
+
+    def _diagonal(self) -> Tensor:
+        """Variance within blocks, from (1 - B^-1_ii) / tau_i = Sigma_ii, or directly where that difference is small."""
+        out = []
+        for k, w, inverse in zip(self.prior.blocks, self._root, self._inverse, strict=True):
+            tau, prior = w.squeeze(-1).square(), k.diagonal(dim1=-2, dim2=-1)
+            information = tau * prior
+            weak = information < WEAK
+            by_difference = (1 - inverse.diagonal(dim1=-2, dim2=-1)) / torch.where(weak, torch.ones_like(tau), tau)
+            variance = torch.where(weak, prior, by_difference)
+            rows = torch.nonzero((weak & (prior > 0)).flatten(0, -2).any(0)).squeeze(-1)
+            if len(rows):
+                cross = k[..., rows, :] * w.mT
+                direct = k.diagonal(dim1=-2, dim2=-1)[..., rows] - ((cross @ inverse) * cross).sum(-1)
+                variance = variance.index_copy(-1, rows, torch.where(weak[..., rows], direct, variance[..., rows]))
+            out.append(variance[..., None])
+        return self.engine.blocks.scatter(out)[..., 0]
+
+    def smooth_squared(self, x: Tensor) -> Tensor:
+        if self._squares is None:
+            self._squares = [inverse.square() for inverse in self._inverse]
+        v = self.engine.blocks.gather(self._block_variance[..., None])
+        parts, out = self.engine.blocks.gather(x), []
+        for w, square, variance, part in zip(self._root, self._squares, v, parts, strict=True):
+            tau = w.square()
+            # off the diagonal Sigma_ij = -B^-1_ij / (w_i w_j); a cell without a site takes no part but its own variance
+            scale = torch.where(tau > 1e-12, 1 / tau.clamp(min=1e-12), torch.zeros_like(tau))
+            scaled = scale * part
+            off = square @ scaled - square.diagonal(dim1=-2, dim2=-1)[..., None] * scaled
+            out.append(scale * off + variance.square() * part)
+        result = self.engine.blocks.scatter(out)
+        if self._e.shape[-1]:
+            columns = []
+            for x_k in x.unbind(-1):
+                spread = self._e * x_k[..., None]
+                cross = 2 * (self._e * self._block_smooth(spread)).sum(-1)
+                columns.append(cross + ((self._e @ (self._e.mT @ spread)) * self._e).sum(-1))
+            result = result + torch.stack(columns, -1)
+        return result
+
+    # -- derivatives ---------------------------------------------------------------------------------------------------
+
+    def surrogate(self, terms: Sequence[Term], pair: Tensor | None = None, omega: Tensor | None = None) -> Tensor:
+        engine, blocks = self.engine, self.engine.blocks
+        b = self.weights[..., None].detach()
+        bs, vs = blocks.gather(b), blocks.gather(self._v)
+        pairs = None if pair is None else blocks.gather(pair[..., None])
+        weights = None if omega is None else blocks.gather(omega[..., None])
+        inner = None if omega is None else (self._v * omega[..., None]).mT @ self._v
+
+        def cotangent(i: int) -> Tensor:
+            w, v = self._root[i], vs[i]
+            r = w * self._inverse[i] * w.mT
+            bar = -0.5 * (r - v @ v.mT) + 0.5 * bs[i] @ bs[i].mT
+            if pairs is not None:
+                bar = bar + 0.5 * (pairs[i] @ bs[i].mT + bs[i] @ pairs[i].mT)
+            if weights is not None and inner is not None:
+                scaled = r * weights[i].mT
+                mixed = (scaled @ v) @ v.mT
+                bar = bar + scaled @ r - mixed - mixed.mT + v @ inner[..., None, :, :] @ v.mT
+            return bar
+
+        total: Tensor = b.new_zeros(())
+        inside = [(term, engine._unit(term)) for term in terms if engine._inside(term)]
+        for i in range(len(blocks.stacks)):
+            bar = cotangent(i)
+            for term, unit in inside:
+                total = total + term.variance * (bar * unit[i]).sum((-3, -2, -1))
+        columns, spectrum = engine._shared(terms)
+        if columns.shape[1]:
+            rz = self.residual(columns)
+            zb = columns.mT @ b
+            bar = 0.5 * zb.square() - 0.5 * (columns * rz).sum(-2)[..., None]
+            if pair is not None:
+                bar = bar + (columns.mT @ pair[..., None]) * zb
+            if omega is not None:
+                bar = bar + (rz.square() * omega[..., None]).sum(-2)[..., None]
+            total = total + (bar[..., 0] * spectrum).sum(-1)
+        return total
+
+    # -- components ----------------------------------------------------------------------------------------------------
+
+    def _term_times(self, term: Term, x: Tensor) -> Tensor:
+        if self.engine._inside(term):
+            parts = self.engine.blocks.gather(x)
+            covariance = self.engine.covariance(term)
+            return self.engine.blocks.scatter([k @ part for k, part in zip(covariance, parts, strict=True)])
+        assert isinstance(term.structure, Basis)
+        phi, spectrum = term.structure.phi, term.variance[..., None] * term.structure.spectrum
+        return phi @ (spectrum[..., None] * (phi.mT @ x))
+
+    def component_mean(self, term: Term) -> Tensor:
+        return self._term_times(term, self.weights[..., None])[..., 0]
+
+    def component_variance(self, term: Term) -> Tensor:
+        if not self.engine._inside(term):
+            assert isinstance(term.structure, Basis)
+            phi, (_, covariance) = term.structure.phi, self.coefficients(term)
+            return ((phi @ covariance) * phi).sum(-1)
+        out = []
+        vs = self.engine.blocks.gather(self._v)
+        for k, w, inverse, v in zip(self.engine.covariance(term), self._root, self._inverse, vs, strict=True):
+            cross = k * w.mT
+            within = k.diagonal(dim1=-2, dim2=-1) - ((cross @ inverse) * cross).sum(-1)
+            out.append((within + (k @ v).square().sum(-1))[..., None])
+        return self.engine.blocks.scatter(out)[..., 0]
+
+    def coefficients(self, term: Term) -> tuple[Tensor, Tensor]:
+        assert isinstance(term.structure, Basis)
+        phi = term.structure.phi
+        spectrum = (term.variance[..., None] * term.structure.spectrum).expand(*self.mean.shape[:-1], -1)
+        mean = spectrum * (phi.mT @ self.weights[..., None])[..., 0]
+        inner = phi.mT @ self.residual(phi.expand(*self.mean.shape[:-1], *phi.shape))
+        covariance = torch.diag_embed(spectrum) - spectrum[..., :, None] * inner * spectrum[..., None, :]
+        return mean, (covariance + covariance.mT) / 2
+
+    def sample(self, terms: Sequence[Term], count: int, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """By Matheron's rule: draw from the prior and from the noise, then correct both by the data."""
+        blocks = self.engine.blocks
+
+        def normal(rows: int) -> Tensor:
+            # one generator a point, and on the CPU, so that draws depend neither on chunks nor on the device
+            draws = [torch.randn(rows, count, generator=g, dtype=torch.float64) for g in generators]
+            return torch.stack(draws).to(self.mean)
+
+        drawn: dict[str, Tensor] = {}
+        for term in terms:
+            if self.engine._inside(term) and not isinstance(term.structure, Basis):
+                parts = blocks.gather(normal(self.engine.n))
+                factors = self.engine.factor(term)
+                unit = blocks.scatter([lower @ part for lower, part in zip(factors, parts, strict=True)])
+                drawn[term.name] = term.variance.sqrt()[..., None, None] * unit
+            else:
+                assert isinstance(term.structure, Basis)
+                spectrum = term.variance[..., None] * term.structure.spectrum
+                z = normal(spectrum.shape[-1])
+                drawn[term.name] = term.structure.phi @ (spectrum.sqrt()[..., None] * z)
+        u = sum(drawn.values(), start=self.mean.new_zeros(()))
+        xi = normal(self.engine.n)
+        noise = self._blockwise(lambda w, inv, _k, part: w * (inv @ part), xi) - self._v @ (self._whitened.mT @ xi)
+        correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - noise
+        return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}

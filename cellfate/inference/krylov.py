@@ -1,0 +1,36 @@
+"""A small batched GMRES, for the well-conditioned adjoint systems of the free energy's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-9, iterations: int = 60) -> Tensor:
+    """Solve `apply(x) = b` for rows b (points, n), each to relative residual `rtol`, without restarts (Saad & Schultz 1986)."""
+    scale = b.norm(dim=-1)
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    basis = [b / safe[..., None]]
+    hessenberg = b.new_zeros(b.shape[0], iterations + 1, iterations)
+    unit = b.new_zeros(b.shape[0], iterations + 1, 1)
+    unit[:, 0] = 1.0
+    y = b.new_zeros(b.shape[0], 0, 1)
+    for k in range(iterations):
+        w = apply(basis[k])
+        for _ in range(2):  # orthogonalized twice: once is not enough in the last digits
+            for j, q in enumerate(basis):
+                h = (q * w).sum(-1)
+                hessenberg[:, j, k] += h
+                w = w - h[..., None] * q
+        norm = w.norm(dim=-1)
+        hessenberg[:, k + 1, k] = norm
+        h = hessenberg[:, : k + 2, : k + 1]
+        y = torch.linalg.lstsq(h, unit[:, : k + 2], driver="gelsd" if b.device.type == "cpu" else None).solution
+        residual = (h @ y - unit[:, : k + 2]).norm(dim=(-2, -1))
+        if bool((residual <= rtol).all()):
+            break
+        basis.append(w / torch.where(norm > 0, norm, torch.ones_like(norm))[..., None])
+    x = (torch.stack(basis[: y.shape[1]], -1) @ y)[..., 0]
+    return x * scale[..., None]

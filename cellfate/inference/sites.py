@@ -1,0 +1,224 @@
+"""Three rules by which a likelihood becomes Gaussian sites, one interface.
+
+Each rule says what the sites should be given the current posterior, what the free energy is, and what its gradient needs beyond
+sites held fixed. Notation: q = N(m, Sigma) with marginal variances v, f = log p(y|eta) at eta = u + shift.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cellfate.engines.base import Posterior, Sites
+from cellfate.inference.krylov import gmres
+from cellfate.model.families import Expectation, Family, Outcome, quadrature
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A family with its data at a batch of points: `shift` (points or 1, n) is added to the latent field."""
+
+    family: Family
+    outcome: Outcome
+    shift: Tensor
+    phi: Tensor | None  # (points, 1)
+
+    def __getitem__(self, index: Tensor) -> Likelihood:
+        shift = self.shift[index] if self.shift.shape[0] > 1 else self.shift
+        phi = None if self.phi is None else self.phi[index]
+        return Likelihood(self.family, self.outcome, shift, phi)
+
+    def detach(self) -> Likelihood:
+        phi = None if self.phi is None else self.phi.detach()
+        return Likelihood(self.family, self.outcome, self.shift.detach(), phi)
+
+    def expect(self, mean: Tensor, variance: Tensor) -> Expectation:
+        return self.family.expect(self.outcome, mean + self.shift, variance, self.phi)
+
+    def at(self, mean: Tensor) -> Expectation:
+        return self.family.at(self.outcome, mean + self.shift, self.phi)
+
+    def start(self, points: int) -> Sites:
+        """Sites from each cell on its own."""
+        eta = self.family.start(self.outcome).expand(points, -1)
+        e = self.family.at(self.outcome, eta, self.phi)
+        return Sites(e.precision, e.precision * (eta - self.shift) + e.slope)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Where the sites should go, and what has to rise on the way (points,)."""
+
+    target: Sites
+    objective: Tensor
+
+
+class Rule(ABC):
+    """How sites are made from a posterior."""
+
+    name: str
+    monotone = True  # every accepted step must raise the objective
+    first_step = 1.0
+
+    @abstractmethod
+    def update(self, likelihood: Likelihood, posterior: Posterior) -> Update: ...
+
+    @abstractmethod
+    def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor: ...
+
+    @abstractmethod
+    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A scalar (points,) with the derivative in the likelihood's own parameters; `pair` and `omega` of the surrogate."""
+
+
+def _sites(e: Expectation, mean: Tensor) -> Sites:
+    precision = e.precision.clamp(min=0.0)
+    return Sites(precision, precision * mean + e.slope)
+
+
+class Laplace(Rule):
+    """Mode and curvature: the expectations replaced by their values at m."""
+
+    name = "laplace"
+
+    def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
+        e = likelihood.at(posterior.mean)
+        objective = e.value.sum(-1) - 0.5 * (posterior.mean * posterior.weights).sum(-1)
+        return Update(_sites(e, posterior.mean), objective)
+
+    def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
+        return self.update(likelihood, posterior).objective - 0.5 * posterior.log_det
+
+    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        m = posterior.mean.detach().requires_grad_(True)
+        held = likelihood.detach()
+        with torch.enable_grad():
+            (steepening,) = torch.autograd.grad(held.at(m).precision.sum(), m)
+        weight = -0.5 * posterior.variance * steepening  # of dm, through log|B|
+        slope_weight = posterior.smooth(weight[..., None])[..., 0]
+        e = likelihood.at(posterior.mean)
+        part = (e.value - 0.5 * posterior.variance * e.precision + slope_weight * e.slope).sum(-1)
+        return part, _through_prior(posterior, weight), None
+
+
+class Variational(Rule):
+    """Variational Laplace with the second-order correction of the bound."""
+
+    name = "variational"
+
+    def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
+        e = likelihood.expect(posterior.mean, posterior.variance)
+        return Update(_sites(e, posterior.mean), e.value.sum(-1) - divergence(posterior))
+
+    def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
+        e = likelihood.expect(posterior.mean, posterior.variance)
+        return (e.value + 0.5 * e.excess).sum(-1) - divergence(posterior)
+
+    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
+        held = likelihood.detach()
+        with torch.enable_grad():
+            e = held.expect(m, v)
+            if not e.excess.requires_grad:  # a gaussian likelihood: the bound is exact
+                live = likelihood.expect(posterior.mean, posterior.variance)
+                return live.value.sum(-1), None, None
+            c_m, c_v = torch.autograd.grad(0.5 * e.excess.sum(), (m, v), retain_graph=True)
+            t_m, t_v = torch.autograd.grad(e.precision.sum(), (m, v))
+        third, fourth = -t_m, -2 * t_v  # E f''', E f''''
+        lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v)
+        slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
+        precision_weight = posterior.smooth_squared(lambda_v[..., None])[..., 0]
+        live = likelihood.expect(posterior.mean, posterior.variance)
+        part = live.value + 0.5 * live.excess + slope_weight * live.slope - precision_weight * live.precision
+        tau = posterior.sites.precision
+        seen = tau > 1e-12
+        omega = torch.where(seen, lambda_v / torch.where(seen, tau, torch.ones_like(tau)).square(), 0.0)
+        return part.sum(-1), _through_prior(posterior, lambda_m), omega
+
+
+class ExpectationPropagation(Rule):
+    """Sites that match the moments of the tilted distributions."""
+
+    name = "ep"
+    monotone = False
+    first_step = 0.8
+
+    def _cavity(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        precision = (1 / posterior.variance - posterior.sites.precision).clamp(min=1e-10)
+        variance = 1 / precision
+        return variance * (posterior.mean / posterior.variance - posterior.sites.shift), variance
+
+    def _tilted(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
+        """Log normalizer, mean and variance of cavity times likelihood, by quadrature about the current marginal."""
+        mean, variance = self._cavity(posterior)
+        x, w = quadrature(posterior.mean)
+        z = x.expand(*posterior.mean.shape, -1)
+        u = posterior.mean[..., None] + posterior.variance.sqrt()[..., None] * z
+        wide = Outcome(
+            likelihood.outcome.y[..., None],
+            None if likelihood.outcome.trials is None else likelihood.outcome.trials[..., None],
+        )
+        phi = None if likelihood.phi is None else likelihood.phi[..., None]
+        f = likelihood.family.log_prob(wide, u + likelihood.shift[..., None], phi)
+        ratio = 0.5 * z.square() - 0.5 * (u - mean[..., None]).square() / variance[..., None]
+        log_weight = torch.log(w) + f + ratio + 0.5 * (posterior.variance / variance).log()[..., None]
+        log_z = torch.logsumexp(log_weight, -1)
+        p = torch.exp(log_weight - log_z[..., None])
+        first = (p * u).sum(-1)
+        return log_z, first, (p * (u - first[..., None]).square()).sum(-1)
+
+    def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
+        _, first, second = self._tilted(likelihood, posterior)
+        mean, variance = self._cavity(posterior)
+        precision = (1 / second - 1 / variance).clamp(min=0.0)
+        shift = first / second - mean / variance
+        return Update(Sites(precision, shift), self.free_energy(likelihood, posterior))
+
+    def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
+        log_z = self._tilted(likelihood, posterior)[0]
+        mean, variance = self._cavity(posterior)
+        gaussian = 0.5 * (posterior.mean.square() / posterior.variance - mean.square() / variance)
+        gaussian = gaussian - 0.5 * torch.log1p(posterior.sites.precision * variance)
+        prior = 0.5 * (posterior.sites.shift * posterior.mean).sum(-1) - 0.5 * posterior.log_det
+        return prior + (log_z - gaussian).sum(-1)
+
+    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._tilted(likelihood, posterior)[0].sum(-1), None, None
+
+
+def divergence(posterior: Posterior) -> Tensor:
+    """KL(q || prior) (points,), for any sites."""
+    information = (posterior.sites.precision * posterior.variance).sum(-1)
+    return 0.5 * (posterior.log_det - information + (posterior.mean * posterior.weights).sum(-1))
+
+
+def _through_prior(posterior: Posterior, x: Tensor) -> Tensor:
+    """(I - R K) x, the transpose of Sigma K^-1."""
+    columns = x[..., None]
+    return (columns - posterior.residual(posterior.prior_times(columns)))[..., 0]
+
+
+def _adjoint(posterior: Posterior, third: Tensor, fourth: Tensor, c_m: Tensor, c_v: Tensor) -> tuple[Tensor, Tensor]:
+    """How a function with derivatives c_m, c_v in (m, v) feels a change of the fixed point that (m, v) is.
+
+    At the fixed point m = K E f' and v = diag Sigma(-E f''). Differentiating both and transposing gives, with D3 = E f''' and
+    D4 = E f'''' on the diagonal and S2 = Sigma o Sigma,
+
+        l_m - D3 S2 l_v = c_m,    l_v - D3 Sigma l_m / 2 - D4 S2 l_v / 2 = c_v.
+    """
+    n = c_m.shape[-1]
+
+    def apply(x: Tensor) -> Tensor:
+        l_m, l_v = x[..., :n], x[..., n:]
+        smoothed = posterior.smooth(l_m[..., None])[..., 0]
+        squared = posterior.smooth_squared(l_v[..., None])[..., 0]
+        return torch.cat([l_m - third * squared, l_v - 0.5 * third * smoothed - 0.5 * fourth * squared], -1)
+
+    solution = gmres(apply, torch.cat([c_m, c_v], -1))
+    return solution[..., :n], solution[..., n:]
+
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Laplace, Variational, ExpectationPropagation)}

@@ -1,0 +1,122 @@
+"""The only loop: sites and Gaussian posterior in turn, until they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from cellfate.engines.base import Engine, Posterior, Sites
+from cellfate.inference.sites import Likelihood, Rule
+from cellfate.kernels.base import Term
+
+SMALLEST_STEP = 1e-4
+
+
+class Status(IntEnum):
+    """How the updates of one point ended."""
+
+    CONVERGED = 0
+    MAX_UPDATES = 1
+    STALLED = 2
+    FAILED = 3
+
+    @property
+    def sentence(self) -> str:
+        return {
+            Status.CONVERGED: "converged",
+            Status.MAX_UPDATES: "the site updates were stopped before they settled",
+            Status.STALLED: "no step raised the free energy any further",
+            Status.FAILED: "a number overflowed; the response or its offset may be extreme",
+        }[self]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Sites and posterior at a batch of points, with the number of updates and a status for each (points,)."""
+
+    sites: Sites
+    posterior: Posterior
+    status: Tensor
+    updates: Tensor
+
+
+def fit_sites(
+    engine: Engine,
+    terms: Sequence[Term],
+    likelihood: Likelihood,
+    rule: Rule,
+    start: Sites,
+    *,
+    tolerance: float = 1e-7,
+    max_updates: int = 200,
+) -> Fit:
+    """Update sites until posterior means move by less than `tolerance` posterior sds, and variances by as much of themselves.
+
+    A step must raise the rule's objective; where it does not it is halved. Points leave the batch as they converge, so that the
+    answer at a point does not depend on its company.
+    """
+    prior = engine.prepare(terms)
+    points = start.precision.shape[0]
+    device = start.precision.device
+    active = torch.arange(points, device=device)
+    sites, status = start, torch.full((points,), int(Status.MAX_UPDATES), device=device)
+    updates = torch.zeros(points, dtype=torch.long, device=device)
+
+    def condition(index: Tensor, at: Sites) -> Posterior:
+        whole = len(index) == points
+        return engine.condition(terms, at, prior if whole else engine.select(prior, index))
+
+    now = start
+    posterior = condition(active, now)
+    state = rule.update(likelihood, posterior)
+    mean, variance = posterior.mean, posterior.variance
+    step = torch.full((points,), rule.first_step, dtype=mean.dtype, device=device)
+    last = torch.full_like(step, torch.inf)
+    for _ in range(max_updates):
+        proposal = now.toward(state.target, step)
+        posterior = condition(active, proposal)
+        candidate = rule.update(likelihood[active], posterior)
+        moved = ((posterior.mean - mean).abs() / posterior.variance.sqrt()).amax(-1)
+        moved = torch.maximum(moved, ((posterior.variance - variance).abs() / posterior.variance).amax(-1)) / step
+        finite = candidate.objective.isfinite() & moved.isfinite()
+        if rule.monotone:
+            slack = 1e-10 * (1 + state.objective.abs())
+            # for the last digits the objective is flat, and rounding would refuse good steps
+            accepted = finite & ((candidate.objective >= state.objective - slack) | (moved < 1e-6))
+            accepted |= finite & ~state.objective.isfinite()
+            step_next = torch.where(accepted, (2 * step).clamp(max=1.0), step / 2)
+        else:
+            accepted = finite
+            step_next = torch.where(finite & (moved < 2 * last), step, step / 2)
+        updates[active] += 1
+        now = proposal.where(accepted, now)
+        target = candidate.target.where(accepted, state.target)
+        objective = torch.where(accepted, candidate.objective, state.objective)
+        mean = torch.where(accepted[:, None], posterior.mean, mean)
+        variance = torch.where(accepted[:, None], posterior.variance, variance)
+        last = torch.where(accepted, moved, last)
+        done = accepted & (moved < tolerance)
+        stalled = ~done & (step_next < SMALLEST_STEP)
+        status[active[done]] = int(Status.CONVERGED)
+        lost = stalled & ~objective.isfinite()
+        status[active[stalled]] = int(Status.STALLED)
+        status[active[lost]] = int(Status.FAILED)
+        sites = _put(sites, active, now)
+        going = ~(done | stalled)
+        state = type(state)(target[going], objective[going])
+        if not bool(going.any()):
+            whole = len(active) == points and bool(accepted.all())
+            return Fit(sites, posterior if whole else condition(torch.arange(points, device=device), sites), status, updates)
+        active, now, step, last = active[going], now[going], step_next[going], last[going]
+        mean, variance = mean[going], variance[going]
+    return Fit(sites, condition(torch.arange(points, device=device), sites), status, updates)
+
+
+def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:
+    return Sites(
+        sites.precision.index_copy(0, index, values.precision), sites.shift.index_copy(0, index, values.shift)
+    )

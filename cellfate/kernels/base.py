@@ -1,0 +1,147 @@
+"""What a kernel is: hyperparameters in, the structure of a covariance out.
+
+There are three structures. Steps along a tree and a stationary field know their covariance entry by entry; a basis is a low-rank
+product. What can be asked of a sum of them is an engine's business. A kernel also says which cells it can make dependent, so that
+an engine can keep independent specimens apart.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A number that shapes a kernel, besides its variance.
+
+    `scale` is the coordinate in which it is estimated ("log" for a positive number, "logit" for one between 0 and 1);
+    `lower` and `upper` bound what the data can tell; `fixed` takes it out of the estimation.
+    """
+
+    name: str
+    scale: str
+    lower: float
+    upper: float
+    fixed: float | None = None
+
+
+class Structure(ABC):
+    """A covariance at given hyperparameters, leading dimensions are a batch."""
+
+
+class Dense(Structure):
+    """A covariance known entry by entry."""
+
+    @abstractmethod
+    def dense(self, geometry: Any) -> Tensor:
+        """Entries (..., blocks, s, s) among the cells for which `geometry` was made by :meth:`Kernel.geometry`."""
+
+
+@dataclass(frozen=True)
+class Basis(Structure):
+    """Covariance `phi diag(spectrum) phi'`: fixed effects, grouping factors."""
+
+    phi: Tensor  # (n, m), fixed
+    spectrum: Tensor  # (..., m), what the hyperparameters move
+
+
+class Kernel(ABC):
+    """Hyperparameters to covariance, over the `n` cells it was made for."""
+
+    normalized = True  # divided by c(K), so that the variance is "among these cells"
+    hyperparameters: tuple[Hyperparameter, ...] = ()
+    n: int
+
+    @abstractmethod
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
+        """The covariance at hyperparameters `values`, each (...,), in the dtype and on the device of `like`."""
+
+    def geometry(self, cells: Tensor) -> Any:
+        """What :meth:`Dense.dense` needs for blocks of cells (blocks, s); index `n` is padding. Made once a fit."""
+        raise NotImplementedError
+
+    def independent(self) -> np.ndarray | None:
+        """Label (n,) of the independent set that each cell belongs to; None where the kernel does not say."""
+        return None
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named share of the variation: a kernel, with its variance as a hyperparameter."""
+
+    name: str
+    kernel: Kernel
+
+
+@dataclass(frozen=True)
+class Term:
+    """A component at given hyperparameters: `variance` (...,) times its structure, divided by c(K) where `normalized`."""
+
+    name: str
+    structure: Structure
+    variance: Tensor
+    normalized: bool
+
+
+def sample_variance(trace: Tensor, total: Tensor, n: int) -> Tensor:
+    """c(K) = tr(P K P) / (n - 1), the expected sample variance of a draw, from `tr K` and `1' K 1`."""
+    return (trace - total / n) / max(n - 1, 1)
+
+
+def unit_scale(covariance: Tensor) -> Tensor:
+    """A covariance (..., n, n) divided by its c(K): a dense twin for tests and for small problems."""
+    n = covariance.shape[-1]
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return covariance / sample_variance(trace, covariance.sum((-2, -1)), n)[..., None, None]
+
+
+def mask_padding(matrix: Tensor, cells: Tensor, n: int) -> Tensor:
+    """Zero the rows and columns of padding cells."""
+    real = (cells < n).to(matrix.dtype)
+    return matrix * real[:, :, None] * real[:, None, :]
+
+
+@dataclass(frozen=True)
+class _Entries(Dense):
+    matrix: Tensor
+
+    def dense(self, geometry: tuple[Tensor, int]) -> Tensor:
+        cells, n = geometry
+        inside = cells.clamp(max=n - 1)
+        return mask_padding(self.matrix[inside[:, :, None], inside[:, None, :]], cells, n)
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Kernel):
+    """A covariance (n, n) that the user hands over; scaled to unit c(K) unless `normalized=False`."""
+
+    matrix: Tensor
+    normalized: bool = True  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", self.matrix.shape[0])
+
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
+        return _Entries(self.matrix.to(like))
+
+    def geometry(self, cells: Tensor) -> tuple[Tensor, int]:
+        return cells, self.n
+
+    def independent(self) -> np.ndarray:
+        from scipy.sparse import csr_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        return connected_components(csr_matrix(self.matrix.cpu().numpy() != 0), directed=False)[1]
+
+
+def tensor(values: Any, like: Tensor | None = None) -> Tensor:
+    """Array-likes as float64, or in the dtype and on the device of `like`."""
+    if like is None:
+        return torch.as_tensor(np.asarray(values, dtype=np.float64))
+    return torch.as_tensor(np.asarray(values), dtype=like.dtype, device=like.device)

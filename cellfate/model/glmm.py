@@ -1,0 +1,223 @@
+"""The model: a family, components, fixed effects and priors, and how a parameter vector becomes a prior over cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellfate.errors import DataError
+from cellfate.kernels.base import Basis, Component, Hyperparameter, Term
+from cellfate.model.families import Family, Outcome
+from cellfate.model.priors import Flat, HalfNormal, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
+
+FIXED = "fixed"  # name of the fixed effects where they are a component
+RESIDUAL = "residual"
+WIDE = 10.0  # prior sd of a fixed effect, in standard deviations of response per standard deviation of covariate
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is observed of `n` cells: outcome, design (n, p) with the names of its columns, and known offset (n,)."""
+
+    outcome: Outcome
+    design: Tensor
+    terms: tuple[str, ...]
+    offset: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.offset.shape[0]
+
+
+@dataclass(frozen=True)
+class Theta:
+    """Parameters at a batch of points: natural values by name (points,), fixed effects (points, p) where maximized."""
+
+    values: dict[str, Tensor]
+    beta: Tensor | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Components and fixed effects over the cells of `data`.
+
+    With `reml` the fixed effects are integrated out under their prior; otherwise they are parameters beside the variances.
+    """
+
+    family: Family
+    components: Sequence[Component]
+    data: Data
+    priors: Mapping[str, object] = field(default_factory=dict)
+    reml: bool = True
+
+    def __post_init__(self) -> None:
+        known = [*self._known(), "beta"]
+        unknown = sorted(set(self.priors) - set(known))
+        if unknown:
+            raise DataError(f"priors name {unknown}, which this model does not have; it has {known}.")
+        for component in self.components:
+            if component.kernel.n != self.data.n:
+                raise DataError(f"component {component.name!r} is over {component.kernel.n} cells, not {self.data.n}.")
+
+    def _known(self) -> list[str]:
+        names = [f"sd_{c.name}" for c in self.components]
+        names += [f"{h.name}_{c.name}" for c in self.components for h in c.kernel.hyperparameters]
+        return names + ([self._family_parameter] if self._family_parameter else [])
+
+    @property
+    def _family_parameter(self) -> str | None:
+        return "sd_residual" if self.family.parameter == "variance_residual" else self.family.parameter
+
+    @cached_property
+    def response_scale(self) -> float:
+        """Unit of the latent scale: the spread of a gaussian response, 1 for every other family."""
+        if self.family.name != "gaussian":
+            return 1.0
+        centered = self.data.outcome.y - self.data.outcome.y.mean()
+        return float(centered.square().mean().sqrt()) or 1.0
+
+    @cached_property
+    def beta_sd(self) -> Tensor:
+        """Prior sd (p,) of the fixed effects, wide on the scale of the data."""
+        x = self.data.design
+        spec = parse_prior("beta", self.priors["beta"]) if "beta" in self.priors else None
+        if isinstance(spec, Normal):
+            return torch.full_like(x[0], spec.sd)
+        if spec is not None and not (isinstance(spec, Flat) and not self.reml):
+            raise DataError("the prior of 'beta' is ('normal', sd); 'flat' goes with reml=False.")
+        constant = x.std(0, correction=0) <= 1e-8 * x.abs().amax(0)
+        spread = torch.where(constant, x.abs().amax(0), x.std(0, correction=0)).clamp(min=1e-300)
+        # a constant column also has to carry the mean of the response and those of the covariates
+        level = abs(float(self.data.outcome.y.mean())) if self.family.name == "gaussian" else 0.0
+        level += self.response_scale * float(torch.where(constant, torch.zeros_like(spread), x.mean(0).abs() / spread).sum())
+        return WIDE * (self.response_scale + torch.where(constant, level, 0.0)) / spread
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The entries of the vector that is estimated, in order; fixed hyperparameters are not among them."""
+        unit = self.response_scale
+        out = []
+        for component in self.components:
+            name = f"sd_{component.name}"
+            out += self._parameter(name, "sd", HalfNormal(2.0 * unit), 0.7 * unit, 0.0, 1e3 * unit)
+        if self.family.parameter == "variance_residual":
+            out += self._parameter("sd_residual", "log", HalfNormal(2.0 * unit), 0.5 * unit, 1e-4 * unit, 1e2 * unit)
+        elif self.family.parameter is not None:
+            out += self._parameter(self.family.parameter, "log", LogNormal(0.5, 1.5), 0.5, 1e-5, 1e4)
+        for component in self.components:
+            for hyper in component.kernel.hyperparameters:
+                if hyper.fixed is None:
+                    out += self._hyperparameter(f"{hyper.name}_{component.name}", hyper)
+        if not self.reml:
+            out += [Parameter(f"beta[{term}]", "real", self._beta_prior(i), 0.0) for i, term in enumerate(self.data.terms)]
+        return tuple(out)
+
+    def _beta_prior(self, i: int) -> Prior:
+        spec = parse_prior("beta", self.priors["beta"]) if "beta" in self.priors else Flat()
+        assert isinstance(spec, Prior)
+        return spec
+
+    def _parameter(
+        self, name: str, scale: str, default: Prior, start: float, lower: float, upper: float
+    ) -> list[Parameter]:
+        prior = parse_prior(name, self.priors[name]) if name in self.priors else default
+        if not isinstance(prior, Prior):
+            return []  # held at a value, see `_fixed`
+        return [Parameter(name, scale, prior, start, lower, upper)]
+
+    def _hyperparameter(self, name: str, hyper: Hyperparameter) -> list[Parameter]:
+        if hyper.scale == "logit":
+            return self._parameter(name, "logit", Uniform(), 0.7, 1e-4, 1 - 1e-4)
+        middle = float(np.sqrt(hyper.lower * hyper.upper))
+        # the bounds are two standard deviations away, and the search may go a little beyond them
+        default = LogNormal(middle, max(np.log(hyper.upper / hyper.lower) / 4, 0.1))
+        return self._parameter(name, "log", default, middle, hyper.lower / 3, hyper.upper * 3)
+
+    @cached_property
+    def _fixed(self) -> dict[str, float]:
+        """Hyperparameters that are held, by name."""
+        held = {
+            f"{h.name}_{c.name}": h.fixed for c in self.components for h in c.kernel.hyperparameters if h.fixed is not None
+        }
+        for name, spec in self.priors.items():
+            prior = parse_prior(name, spec)
+            if isinstance(prior, float):
+                held[name] = prior
+        return held
+
+    def theta(self, u: Tensor) -> Theta:
+        """Natural parameters at points u (points, d), differentiable in u."""
+        names = [p.name for p in self.parameters]
+        values = {p.name: p.natural(u[:, i]) for i, p in enumerate(self.parameters) if p.scale != "real"}
+        values |= {name: u.new_full((u.shape[0],), value) for name, value in self._fixed.items()}
+        beta = None
+        if not self.reml:
+            start = names.index(f"beta[{self.data.terms[0]}]") if self.data.terms else len(names)
+            beta = u[:, start:]
+        return Theta(values, beta)
+
+    def from_natural(self, values: Mapping[str, object]) -> tuple[Theta, int]:
+        """Parameters by natural name at one or several points, as :meth:`cellfate.GLMM.evaluate` takes them."""
+        like = self.data.offset
+        given = {k: torch.atleast_1d(torch.as_tensor(np.asarray(v, dtype=np.float64))).to(like) for k, v in values.items()}
+        beta = given.pop("beta", None)
+        for name in list(given):
+            if name.startswith("variance_"):
+                given["sd_" + name.removeprefix("variance_")] = given.pop(name).sqrt()
+        needed = [name for name in self._known() if name not in self._fixed]
+        missing, unknown = sorted(set(needed) - set(given)), sorted(set(given) - set(self._known()))
+        if missing or unknown:
+            raise DataError(f"theta lacks {missing} and has unknown {unknown}; variances may be given as 'variance_<name>'.")
+        points = max((v.shape[0] for v in given.values()), default=1)
+        full = {name: like.new_full((points,), value) for name, value in self._fixed.items()}
+        full |= {name: v.expand(points) for name, v in given.items()}
+        if self.reml and beta is not None:
+            raise DataError("theta gives 'beta', but reml=True integrates the fixed effects out; use reml=False.")
+        if not self.reml:
+            beta = like.new_zeros(points, 0) if beta is None else beta.reshape(-1, self.data.design.shape[1])
+            beta = beta.expand(points, -1)
+        return Theta(full, beta), points
+
+    def terms(self, theta: Theta) -> list[Term]:
+        """The components at `theta`; integrated fixed effects are one of them."""
+        like = self.data.offset
+        out = []
+        for component in self.components:
+            values = {h.name: theta.values[f"{h.name}_{component.name}"] for h in component.kernel.hyperparameters}
+            structure = component.kernel.structure(values, like)
+            variance = theta.values[f"sd_{component.name}"].square()
+            out.append(Term(component.name, structure, variance, component.kernel.normalized))
+        if self.reml and self.data.design.shape[1]:
+            points = next(iter(theta.values.values())).shape[0] if theta.values else 1
+            basis = Basis(self.data.design, self.beta_sd.square().expand(points, -1))
+            out.append(Term(FIXED, basis, like.new_ones(points), False))
+        return out
+
+    def phi(self, theta: Theta) -> Tensor | None:
+        """The family's own hyperparameter (points, 1)."""
+        if self._family_parameter is None:
+            return None
+        value = theta.values[self._family_parameter]
+        return (value.square() if self._family_parameter == "sd_residual" else value)[:, None]
+
+    def shift(self, theta: Theta) -> Tensor:
+        """What is added to the latent field (points or 1, n): the offset, and fixed effects that are parameters."""
+        if theta.beta is None or not theta.beta.shape[1]:
+            return self.data.offset[None]
+        return self.data.offset + theta.beta @ self.data.design.mT
+
+    def log_prior(self, u: Tensor) -> Tensor:
+        """Log prior density (points,) of points u (points, d)."""
+        total = u.new_zeros(u.shape[0])
+        for i, parameter in enumerate(self.parameters):
+            total = total + parameter.log_density(u[:, i])
+        return total
+
+    def start(self) -> Tensor:
+        """Where the search for the mode begins (d,)."""
+        return torch.tensor([p.coordinate(p.start) for p in self.parameters], dtype=self.data.offset.dtype)

@@ -1,0 +1,134 @@
+"""Priors on hyperparameters, and the coordinates in which these are estimated.
+
+A standard deviation lives on the whole real line as `|u|`: its posterior is then smooth and even at zero, so that a component that
+is absent is an ordinary point and not the edge of a logarithm. Length-scales, dispersions and rates live on the log scale.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cellfate.errors import DataError
+
+
+class Prior(ABC):
+    """Log-density of a positive (or, for `Normal`, real) number."""
+
+    @abstractmethod
+    def log_density(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HalfNormal(Prior):
+    scale: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return 0.5 * math.log(2 / math.pi) - math.log(self.scale) - 0.5 * (x / self.scale).square()
+
+
+@dataclass(frozen=True)
+class LogNormal(Prior):
+    median: float
+    sd: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        z = (torch.log(x) - math.log(self.median)) / self.sd
+        return -0.5 * z.square() - torch.log(x) - math.log(self.sd) - 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Normal(Prior):
+    sd: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return -0.5 * (x / self.sd).square() - math.log(self.sd) - 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class Uniform(Prior):
+    """Between 0 and 1."""
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Flat(Prior):
+    """No prior: flat in the coordinate of estimation, so that the mode is the maximum of the likelihood."""
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def parse_prior(name: str, spec: object) -> Prior | float:
+    """A prior from what the user writes; a number for ("fixed", value)."""
+    if isinstance(spec, Prior):
+        return spec
+    kind, *arguments = (spec,) if isinstance(spec, str) else tuple(spec)  # type: ignore[arg-type]
+    known = {"half_normal": (HalfNormal, 1), "lognormal": (LogNormal, 2), "normal": (Normal, 1), "uniform": (Uniform, 0)}
+    try:
+        values = [float(a) for a in arguments]
+    except (TypeError, ValueError):
+        values = [math.nan]
+    if kind == "flat" and not values:
+        return Flat()
+    if kind == "fixed" and len(values) == 1 and values[0] > 0:
+        return values[0]
+    if kind in known and len(values) == known[kind][1] and all(math.isfinite(v) and v > 0 for v in values):
+        return known[kind][0](*values)
+    raise DataError(
+        f"prior {spec!r} of {name!r} is not understood; write 'flat', ('half_normal', scale), ('lognormal', median, sd), "
+        "('normal', sd), ('uniform',) or ('fixed', value), with positive finite numbers."
+    )
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One entry of the vector that is estimated.
+
+    `scale`: "sd" for `x = |u|`, "log" for `x = exp(u)`, "logit" for `x = sigmoid(u)`, "real" for `x = u`.
+    """
+
+    name: str
+    scale: str
+    prior: Prior
+    start: float  # of x
+    lower: float = 0.0  # bounds of x within which the mode is sought
+    upper: float = math.inf
+
+    def natural(self, u: Tensor) -> Tensor:
+        if self.scale == "sd":
+            return u.abs()
+        if self.scale == "log":
+            return torch.exp(u)
+        return torch.sigmoid(u) if self.scale == "logit" else u
+
+    def coordinate(self, x: float) -> float:
+        if self.scale == "log":
+            return math.log(x) if x > 0 else -math.inf
+        if self.scale == "logit":
+            return math.log(x) - math.log1p(-x) if 0 < x < 1 else math.copysign(12.0, x - 0.5)
+        return x
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Bounds of `u`; an sd is left free on both sides of zero, where it is even."""
+        if self.scale == "sd":
+            return -self.upper, self.upper
+        if self.scale == "real":
+            return -math.inf, math.inf
+        return self.coordinate(self.lower), self.coordinate(self.upper)
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """Log prior density of the coordinate, the Jacobian included."""
+        density = self.prior.log_density(self.natural(u))
+        if isinstance(self.prior, Flat) or self.scale in ("sd", "real"):
+            return density
+        if self.scale == "log":
+            return density + u
+        return density + torch.nn.functional.logsigmoid(u) + torch.nn.functional.logsigmoid(-u)
