@@ -1,0 +1,182 @@
+"""Fixed effects: a formula over obs columns becomes a design matrix of full rank."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cellfate.errors import DataError
+from cellfate.io.columns import check_finite, check_present, instead
+from cellfate.trees.forest import examples
+
+if TYPE_CHECKING:
+    from formulaic import SimpleFormula
+
+MANY_LEVELS, MOST_LEVELS = (
+    20,
+    1000,
+)  # of a categorical covariate: suspicious where half the cells have their own; too many
+DEPENDENT = 1e-10  # singular value, relative to the largest, below which scaled columns count as collinear
+
+# Text in quotes | `a column` | a name, with what follows it: "(" calls it, "." looks into it, "=" names an argument.
+NAME = re.compile(r"""("[^"]*"|'[^']*')|`([^`]+)`|(?<![\w.])([^\W\d]\w*)(?!\w)\s*(\(|\.\w|=(?!=))?""")
+CONSTANTS = {"True", "False", "None", "np"}
+
+
+def columns_of(formula: str) -> list[str]:
+    """The obs columns that a formula speaks of, in order."""
+    names = [
+        quoted or (name if not follows and name not in CONSTANTS else "")
+        for text, quoted, name, follows in NAME.findall(formula)
+    ]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def design_matrix(formula: str, obs: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Design matrix (n, p) and the names of its columns."""
+    parsed = _parse(formula)
+    covariates = columns_of(formula)
+    for name in covariates:
+        if name not in obs.columns:
+            raise DataError(
+                f"formula {formula!r} names {name!r}, which is no obs column; {instead(name, obs.columns)}. "
+                f"Add adata.obs[{name!r}] or leave it out."
+            )
+    frame = pd.DataFrame({name: _covariate(obs[name], name) for name in covariates}, index=obs.index)
+    try:
+        with np.errstate(all="ignore"):  # log(0) is found below, and named
+            matrix = parsed.get_model_matrix(frame, context={}, na_action="ignore")
+    except Exception as e:  # formulas evaluate Python, which may raise anything
+        raise DataError(
+            f"formula {formula!r} cannot be evaluated: {_plain(e)}. Check its functions and their arguments, or "
+            "make the covariate an obs column first."
+        ) from e
+    terms = tuple(str(term) for term in matrix.columns)
+    design = np.asarray(matrix, dtype=np.float64).reshape(len(obs), len(terms))
+    _check(design, terms, obs.index.to_numpy(), formula)
+    return design, terms
+
+
+def separating(
+    formula: str, obs: pd.DataFrame, design: np.ndarray, terms: tuple[str, ...], *, zero: np.ndarray, one: np.ndarray
+) -> list[str]:
+    """Columns on which a fate is perfectly predictable: cells that show 0 all lie below those that show 1, or above.
+
+    Looks at the columns of the design and at every level of a categorical covariate, the reference level included.
+    """
+    columns = dict(zip(terms, design.T, strict=True))
+    for name in columns_of(formula):
+        values = _covariate(obs[name], name)
+        if not pd.api.types.is_numeric_dtype(values.dtype):
+            columns.update(
+                {
+                    f"{name}[{level}]": (values == level).to_numpy(np.float64)
+                    for level in values.unique()
+                    if f"{name}[T.{level}]" not in columns
+                }
+            )
+    found = []
+    for name, x in columns.items():
+        if np.ptp(x) > 0 and (x[zero].max() <= x[one].min() or x[one].max() <= x[zero].min()):
+            found.append(name)
+    return found
+
+
+def _parse(formula: Any) -> SimpleFormula:
+    from formulaic import Formula, SimpleFormula
+
+    if not isinstance(formula, str) or not formula.strip():
+        raise DataError(f"formula is {formula!r}, wanted text such as '~ 1' or '~ 1 + stage'.")
+    left, tilde, _ = formula.partition("~")
+    if tilde and left.strip():
+        raise DataError(
+            f"formula {formula!r} has a left side; the fate is an argument of its own. "
+            f"Write {formula[len(left) :].strip()!r}."
+        )
+    try:
+        parsed = Formula(formula)
+    except Exception as e:
+        raise DataError(
+            f"formula {formula!r} cannot be read: {_plain(e)}. Write it like '~ 1 + stage + np.log(size)'; names "
+            "with blanks or signs go in `backticks`."
+        ) from e
+    if not isinstance(parsed, SimpleFormula):
+        raise DataError(f"formula {formula!r} has several parts. Grouping factors (random intercepts) go to `groups`.")
+    return parsed
+
+
+def _plain(e: Exception) -> str:
+    """The message of a formula error on one line, without its terminal colors."""
+    text = re.sub(r"\x1b?\[[\d;]*m|[⧛⧚]", "", str(e))
+    return " ".join(text.split()).rstrip(".")
+
+
+def _covariate(values: pd.Series, name: str) -> pd.Series:
+    """A column as formulas understand it: numbers, or text levels that occur."""
+    label = f"covariate obs[{name!r}]"
+    if isinstance(values, pd.DataFrame):
+        raise DataError(f"{label}: adata.obs has {values.shape[1]} columns of this name. Rename all but one.")
+    check_present(values, label, "Fill it in, or leave those cells out: `adata[adata.obs[...].notna()]`.")
+    values = values.infer_objects()
+    if pd.api.types.is_bool_dtype(values.dtype) and not isinstance(values.dtype, pd.CategoricalDtype):
+        return values.astype(np.float64)
+    if pd.api.types.is_complex_dtype(values.dtype) or pd.api.types.is_datetime64_any_dtype(values.dtype):
+        raise DataError(f"{label} holds {values.dtype}. Turn it into numbers first, such as hours since the start.")
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        numeric = values.astype(np.float64)
+        check_finite(numeric.to_numpy(), values.index.to_numpy(), label, "Correct it, or leave those cells out.")
+        return numeric
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(str).astype("category")
+    values = values.cat.remove_unused_categories()
+    levels = len(values.cat.categories)
+    if levels == 1:
+        raise DataError(
+            f"{label} has one level: it is {str(values.iloc[0])!r} in all {len(values)} cells. "
+            "It explains nothing here: leave it out of the formula."
+        )
+    if levels > MOST_LEVELS or (levels > MANY_LEVELS and 2 * levels > len(values)):
+        raise DataError(
+            f"{label} has {levels} levels in {len(values)} cells, too many for fixed effects. Numbers kept as text "
+            f"need `.astype(float)`; a grouping factor goes to `groups={name!r}`."
+        )
+    return values
+
+
+def _check(design: np.ndarray, terms: tuple[str, ...], names: np.ndarray, formula: str) -> None:
+    n, p = design.shape
+    for j, term in enumerate(terms):
+        check_finite(
+            design[:, j], names, f"formula {formula!r}: column {term!r}", "Change the transformation or the cells."
+        )
+    if p >= n:
+        raise DataError(
+            f"formula {formula!r} makes {p} columns for {n} cells. Fixed effects need more cells than columns: "
+            "leave terms out, or make them `groups`."
+        )
+    zero = [term for term, x in zip(terms, design.T, strict=True) if not x.any()]
+    if zero:
+        raise DataError(
+            f"formula {formula!r}: {len(zero)} of {p} columns are zero in all {n} cells: {examples(zero)}. "
+            "That combination does not occur: leave it out."
+        )
+    dependent = _collinear(design, terms)
+    if dependent:
+        raise DataError(
+            f"formula {formula!r}: {len(dependent)} of {p} columns are collinear, each is a combination of the "
+            f"others: {examples(dependent, 10)}. Their effects cannot be told apart: leave one out."
+        )
+
+
+def _collinear(design: np.ndarray, terms: tuple[str, ...]) -> list[str]:
+    """Columns that take part in a linear dependency: those that the null space of the design touches."""
+    if design.shape[1] < 2:
+        return []
+    r = np.linalg.qr(design / np.linalg.norm(design, axis=0), mode="r")
+    _, singular, rows = np.linalg.svd(r)
+    null = rows[singular < DEPENDENT * singular[0]]  # (dependencies, p)
+    touched = np.linalg.norm(null, axis=0) > 1e-6
+    return [term for term, hit in zip(terms, touched, strict=True) if hit]

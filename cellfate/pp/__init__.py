@@ -1,0 +1,5 @@
+"""Preparation: the tree is checked and stored."""
+
+from cellfate.pp.set_tree import set_tree
+
+__all__ = ["set_tree"]

@@ -1,0 +1,139 @@
+"""The door for trees: validated, matched with the cells, stored where everything else finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellfate import _keys
+from cellfate._runtime import logger
+from cellfate.errors import DataError
+from cellfate.io.columns import among, check_adata
+from cellfate.io.lineage import POLICIES, looks_like_newick, no_leaf
+from cellfate.trees.convert import to_forest, to_graph, to_newick, to_newick_dict
+from cellfate.trees.forest import Forest, examples
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: str = "error") -> None:
+    """Check a tree and store it with the cells.
+
+    Parameters
+    ----------
+    adata
+        Cells; their `obs_names` are the names of the leaves.
+    tree
+        A networkx `DiGraph` (edges have `length`, or nodes have `time` or `depth`), Newick text (several trees are a forest),
+        an edge table with columns `parent`, `child` and perhaps `length`, or a dict of those by specimen.
+    key_added
+        Where to store it. A tree that is there already is replaced, anything else is an error.
+    missing
+        What to do with leaves that are not cells and cells that are not leaves. `"error"`: refuse. `"drop"`: prune such
+        leaves, leave such cells out of later fits. `"isolate"`: prune such leaves, take such cells as unrelated to all
+        others, at the mean depth of the leaves.
+
+    Returns
+    -------
+    `None`. Writes `adata.uns[key_added]` (Newick text, or a dict of it by specimen where a dict came in); in a `TreeData`,
+    a single tree goes to `adata.obst[key_added]` instead (`DiGraph` with `length` on its edges). Cells without a leaf are
+    noted in `adata.uns[f"{key_added}_missing"]`.
+    """
+    check_adata(adata)
+    if missing not in POLICIES:
+        raise DataError(f"missing is {missing!r}, wanted one of {examples(POLICIES)}.")
+    by_specimen = isinstance(tree, Mapping) and not {"parent", "child"} <= set(tree)
+    forest = to_forest(tree)
+    in_obst = hasattr(adata, "obst") and not by_specimen and forest.n_trees == 1
+    _check_slots(adata, key_added, in_obst, forest)
+    names = adata.obs_names.to_numpy().astype(object)
+    forest, without = _align(forest, names, missing)
+    if in_obst:
+        _store_graph(adata, key_added, forest)
+    else:
+        adata.uns[key_added] = to_newick_dict(forest) if by_specimen else to_newick(forest)
+    note = _keys.missing(key_added)
+    if len(without):
+        adata.uns[note] = {
+            "policy": missing,
+            "cells": np.array(without, dtype=object),
+            "depth": float(forest.depth[forest.leaves].mean()),
+        }
+    elif note in adata.uns:
+        del adata.uns[note]
+
+
+def _align(forest: Forest, names: np.ndarray, missing: str) -> tuple[Forest, np.ndarray]:
+    """The forest on the cells, and the cells without a leaf."""
+    leaves = forest.names[forest.leaves]
+    observed, has_leaf = among(leaves, names), among(names, leaves)
+    if not observed.any():
+        raise DataError(
+            f"{no_leaf(forest, names, ~has_leaf, 'tree')} Rename the leaves or the cells so that they agree."
+        )
+    found = []
+    if not has_leaf.all():
+        found.append(no_leaf(forest, names, ~has_leaf, "tree"))
+    if not observed.all():
+        found.append(f"{int((~observed).sum())} of {len(leaves)} leaves are not cells: {examples(leaves[~observed])}.")
+    if found and missing == "error":
+        raise DataError(
+            f"{' '.join(found)} Use missing='drop' to prune such leaves and leave such cells out of fits, or "
+            "missing='isolate' to prune such leaves and take such cells as unrelated to the others."
+        )
+    for text in found:
+        logger.info("%s", text)
+    return (forest if observed.all() else forest.prune(leaves[observed])), names[~has_leaf]
+
+
+def _check_slots(adata: AnnData, key: Any, in_obst: bool, forest: Forest) -> None:
+    """Only what `set_tree` itself would write may be replaced."""
+    if not isinstance(key, str) or not key or "/" in key:
+        raise DataError(f"key_added is {key!r}, wanted a name without '/'.")
+    if not in_obst:
+        slashed = [name for name in dict.fromkeys(forest.tree_names) if "/" in name or not name]
+        if slashed:
+            raise DataError(
+                f"{len(slashed)} specimens have a name that cannot be a key in a file: {examples(slashed)}. Rename "
+                "them without '/', in the trees and in obs."
+            )
+    if key in adata.uns and not looks_like_newick(adata.uns[key]):
+        raise DataError(
+            f"uns[{key!r}] is taken by something that is no tree (a {type(adata.uns[key]).__name__}). "
+            "Choose another key_added."
+        )
+    note = _keys.missing(key)
+    if note in adata.uns and not (isinstance(adata.uns[note], Mapping) and "policy" in adata.uns[note]):
+        raise DataError(
+            f"uns[{note!r}] is taken by something else (a {type(adata.uns[note]).__name__}), but is where cells "
+            "without a leaf are noted. Choose another key_added."
+        )
+    if not hasattr(adata, "obst"):
+        return
+    if in_obst and key in adata.uns:
+        raise DataError(
+            f"uns[{key!r}] holds a tree, and this one would go to obst[{key!r}]: two trees of one name. "
+            f"Choose another key_added, or `del adata.uns[{key!r}]` first."
+        )
+    if not in_obst and key in adata.obst:
+        raise DataError(
+            f"obst[{key!r}] holds a tree, and a forest would go to uns[{key!r}]: two trees of one name. "
+            f"Choose another key_added, or `del adata.obst[{key!r}]` first."
+        )
+
+
+def _store_graph(adata: Any, key: str, forest: Forest) -> None:
+    """Into `.obst`, which labels the cells of its trees in an obs column of its own."""
+    label = adata.label
+    if label in adata.obs.columns and not len(adata.obst) and adata.obs[label].notna().any():
+        raise DataError(
+            f"obs[{label!r}] is taken, but is where TreeData writes the tree of each cell. Rename the column, or "
+            "set `adata.label = None`."
+        )
+    try:
+        adata.obst[key] = to_graph(forest)
+    except ValueError as e:
+        raise DataError(f"TreeData does not take the tree (alignment {adata.alignment!r}): {e}.") from e
