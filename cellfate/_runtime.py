@@ -1,0 +1,122 @@
+"""What every run needs and no formula does: device, dtype, seeds, the logger, progress bars.
+
+Nothing here alters a result unseen: there is no global seed, no global dtype, and verbosity only moves text on stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+SeedLike: TypeAlias = int | np.integer | np.random.SeedSequence | np.random.Generator | np.random.RandomState
+
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever `sys.stderr` is now, and stands aside where the application has set up logging itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            self.stream = sys.stderr
+            super().emit(record)
+
+
+logger = logging.getLogger("cellfate")
+if not logger.handlers:
+    handler = _Stderr()
+    handler.setFormatter(logging.Formatter("cellfate: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def verbosity(level: int | str) -> None:
+    """Set how much is said on stderr: ``"error"`` (0), ``"warning"`` (1), ``"info"`` (2, default) or ``"debug"`` (3).
+
+    Progress bars are shown from ``"info"`` on. Warnings about a result go through `warnings` at every level.
+    """
+    names = list(LEVELS)
+    if isinstance(level, int) and 0 <= level < len(names):
+        level = names[level]
+    if level not in LEVELS:
+        raise ValueError(f"verbosity {level!r} is unknown: use one of {names} or 0 to {len(names) - 1}.")
+    logger.setLevel(LEVELS[level])
+
+
+def progress(
+    iterable: Iterable[Any] | None = None, *, total: float | None = None, desc: str | None = None, unit: str = "it"
+) -> tqdm:
+    """Return a progress bar on stderr, over an iterable or moved by hand with `.update()`; silent below ``"info"``."""
+    from tqdm.auto import tqdm
+
+    # A log file is no screen: there, a line every ten seconds is enough.
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        total=total,
+        desc=desc,
+        unit=unit,
+        leave=False,
+        disable=not logger.isEnabledFor(logging.INFO),
+        mininterval=0.1 if interactive else 10.0,
+        dynamic_ncols=interactive,
+    )
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device to compute on; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
+    import torch
+
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"device {device!r} is unknown: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.") from e
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not supported: use 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
+    if resolved.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found == 0:
+            raise ValueError(
+                f"device {str(device)!r} was asked for, but this torch ({torch.__version__}) finds no CUDA device. "
+                "Use device='cpu' or 'auto', or install a CUDA build of torch."
+            )
+        if resolved.index is not None and resolved.index >= found:
+            raise ValueError(
+                f"device {str(device)!r} was asked for, but there are {found} CUDA devices, 'cuda:0' to "
+                f"'cuda:{found - 1}'."
+            )
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype = "float64") -> torch.dtype:
+    """Return the torch dtype to compute in: ``"float64"`` or ``"float32"``."""
+    import torch
+
+    known = {"float64": torch.float64, "float32": torch.float32}
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"dtype {name!r} is not supported: use 'float64' (default) or 'float32'.")
+    return known[name]
+
+
+def generator(rng: SeedLike | None = None) -> np.random.Generator:
+    """Return a numpy Generator from a seed; a Generator or a legacy RandomState is used as it is and moves on."""
+    if isinstance(rng, np.random.RandomState):
+        return np.random.Generator(rng._bit_generator)  # its own stream, so that it advances for the caller too
+    if isinstance(rng, bool) or not (
+        rng is None or isinstance(rng, int | np.integer | np.random.SeedSequence | np.random.Generator)
+    ):
+        raise TypeError(f"rng must be None, an integer, a SeedSequence or a Generator, not {type(rng).__name__}.")
+    if isinstance(rng, int | np.integer) and rng < 0:
+        raise ValueError(f"rng is {rng}: a seed must be 0 or more.")
+    return np.random.default_rng(rng)
