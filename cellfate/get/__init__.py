@@ -1,0 +1,5 @@
+"""What a decomposition found, as tidy tables."""
+
+from cellfate.get.tables import components, diagnostics, draws, effects, fixed_effects, params
+
+__all__ = ["components", "diagnostics", "draws", "effects", "fixed_effects", "params"]

@@ -1,0 +1,119 @@
+"""Readers of what `cf.tl.decompose` wrote. They only read: every table is a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from cellfate import _keys
+from cellfate.errors import DataError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+VARIANCE = ["variance", "variance_sd", "variance_lower", "variance_upper"]
+SHARE = ["share", "share_sd", "share_lower", "share_upper"]
+ROW = ["response", "component"]
+
+
+def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -> pd.DataFrame:
+    """Variance and share of every component, one row per response and component.
+
+    Needs :func:`cellfate.tl.decompose`.
+
+    Parameters
+    ----------
+    key
+        The `key_added` of the fit.
+    scale
+        ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
+        ``"realized"``: sample variances of the effects in these very cells, with what the components share as a row.
+
+    Returns
+    -------
+    Columns `response`, `component`, then `variance` and `share` (posterior means), each with `_sd`, `_lower` and
+    `_upper` (95% interval).
+    """
+    variances = _table(adata, key, _keys.COMPONENTS)
+    scales = list(dict.fromkeys(variances["scale"]))
+    if scale not in scales:
+        raise DataError(f"scale {scale!r} is not in adata.uns[{key!r}][{_keys.COMPONENTS!r}]: use one of {scales}.")
+    shares = _table(adata, key, _keys.SHARES)
+    here = variances.loc[variances["scale"] == scale, [*ROW, *VARIANCE]]
+    there = shares.loc[shares["scale"] == scale, [*ROW, *SHARE]]
+    return here.merge(there, on=ROW, how="left", validate="one_to_one")
+
+
+def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Equally weighted posterior draws of the hyperparameters, one row each.
+
+    Needs :func:`cellfate.tl.decompose`. Columns `variance_<component>`, `lengthscale_spatial`, `share_<component>`
+    (latent scale), `beta[<term>]` and whatever else the model has.
+    """
+    return _table(adata, key, _keys.DRAWS).reset_index(drop=True)
+
+
+def fixed_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Coefficients of the formula on link scale: `term`, `estimate`, `sd`, `lower`, `upper` (95% interval).
+
+    Needs :func:`cellfate.tl.decompose`.
+    """
+    return _table(adata, key, _keys.FIXED_EFFECTS).reset_index(drop=True)
+
+
+def effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Posterior mean and sd of each component in each cell, on link scale: `<component>_mean`, `<component>_sd`.
+
+    Needs :func:`cellfate.tl.decompose`. Rows are `adata.obs_names`; cells that were left out of the fit are NaN.
+    """
+    _results(adata, key)
+    slot = _keys.effects(key)
+    if slot not in adata.obsm:
+        raise DataError(
+            f"adata.obsm has no {slot!r}, though adata.uns[{key!r}] holds a fit; found {sorted(adata.obsm)}. "
+            f"Was it removed? Run `cf.tl.decompose(adata, ..., key_added={key!r})` again."
+        )
+    return pd.DataFrame(adata.obsm[slot]).copy()
+
+
+def params(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
+    """Return the settings of the fit, by name."""
+    return dict(_results(adata, key)[_keys.PARAMS])
+
+
+def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
+    """Return how the fit went: status, k-hat, engine, seconds, how far the components could be told apart."""
+    return dict(_results(adata, key).get(_keys.DIAGNOSTICS, {}))
+
+
+def _results(adata: AnnData, key: str) -> Mapping[str, Any]:
+    if _is_fit(adata.uns.get(key)):
+        return adata.uns[key]
+    fits = [name for name, value in adata.uns.items() if _is_fit(value)]
+    finding = "adata.uns holds something else" if key in adata.uns else "there is nothing in adata.uns"
+    remedy = f"use key={fits[0]!r}" if len(fits) == 1 else f"use one of the keys {fits}"
+    run = "cf.tl.decompose(adata, ...)" if key == _keys.KEY else f"cf.tl.decompose(adata, ..., key_added={key!r})"
+    raise DataError(
+        f"No decomposition under {key!r}: {finding} by that name. "
+        + (f"Either {remedy}, or run `{run}` first." if fits else f"Run `{run}` first.")
+    )
+
+
+def _is_fit(value: object) -> bool:
+    return isinstance(value, Mapping) and _keys.PARAMS in value and _keys.COMPONENTS in value
+
+
+def _table(adata: AnnData, key: str, name: str) -> pd.DataFrame:
+    results = _results(adata, key)
+    if name not in results:
+        raise DataError(
+            f"adata.uns[{key!r}] has no {name!r}, found {sorted(results)}. Run `cf.tl.decompose` again to restore it."
+        )
+    table = pd.DataFrame(results[name]).copy()
+    for column in table.columns:
+        # Text comes back from disk as categories or as the newer string type; a table reads the same either way.
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            table[column] = table[column].astype(object)
+    return table

@@ -1,0 +1,113 @@
+"""How every figure looks and leaves the house: one palette, one set of sizes, one way to show and save."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 3.5  # inches, one column of a journal
+DPI = 300
+INK = "#333333"
+ABSENT = "#D9D9D9"  # cells without a value
+
+# Okabe & Ito: told apart with every common color vision deficiency. What is noise is grey, what is shared is between.
+COLORS = {
+    "lineage": "#D55E00",
+    "spatial": "#0072B2",
+    "shared": "#CC79A7",
+    "fixed": "#E69F00",
+    "residual": "#8C8C8C",
+    "distribution": "#BDBDBD",
+}
+GROUP_COLORS = ["#009E73", "#56B4E9", "#F0E442", "#000000"]
+
+STYLE: Any = {  # matplotlib types every key of its rc parameters; not so here
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 7,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "text.color": INK,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # text stays text in a vector editor
+    "svg.fonttype": "none",
+}
+
+# What one unit of an effect is, by link.
+LINK_UNITS = {
+    "identity": "units of {response}",
+    "log": "log units",
+    "logit": "log-odds",
+    "probit": "probit units",
+    "cloglog": "cloglog units",
+}
+
+
+def colors(components: Sequence[str]) -> dict[str, str]:
+    """Return the color of each component: the same one in every figure, grouping factors in order of appearance."""
+    groups = [c for c in dict.fromkeys(components) if c not in COLORS]
+    cycle = {c: GROUP_COLORS[i % len(GROUP_COLORS)] for i, c in enumerate(groups)}
+    return {c: COLORS.get(c) or cycle[c] for c in components}
+
+
+def link_units(params: dict[str, Any], response: str) -> str:
+    """Return what an effect is measured in, for a label."""
+    return LINK_UNITS.get(str(params.get("link")), "link scale").format(response=response)
+
+
+def finish(figure: Figure, *, given_ax: bool, show: bool | None, save: str | Path | None) -> None:
+    """Save and show as asked; without being asked, show only where there is a screen and the figure is ours."""
+    if save is not None:
+        path = Path(save)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI, bbox_inches="tight" if given_ax else None)  # ours are laid out to their size
+    if show is None:
+        # scanpy's switch counts if scanpy is in use; importing it for the question would cost seconds.
+        scanpy = sys.modules.get("scanpy")
+        show = not given_ax and save is None and _has_screen() and (scanpy is None or scanpy.settings.autoshow)
+    if show:
+        import matplotlib.pyplot as plt
+
+        plt.show()
+
+
+def _has_screen() -> bool:
+    import matplotlib
+    from matplotlib.backends import BackendFilter, backend_registry
+
+    return matplotlib.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE)
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the top figure that an axes lies in."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ValueError("`ax` belongs to no figure any more.")
+    return figure
+
+
+def note(ax: Axes, y: float, text: str) -> None:
+    """Write a number in the right margin, level with its row."""
+    ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=7)
