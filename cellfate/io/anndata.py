@@ -11,7 +11,17 @@ import pandas as pd
 from cellfate import _keys
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError
-from cellfate.io.columns import among, check_adata, check_finite, check_present, column, factorize, instead, numbers, per_cell
+from cellfate.io.columns import (
+    among,
+    check_adata,
+    check_finite,
+    check_present,
+    column,
+    factorize,
+    instead,
+    numbers,
+    per_cell,
+)
 from cellfate.io.design import columns_of, design_matrix, separating
 from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
@@ -41,9 +51,9 @@ def read_cells(
 ) -> Cells:
     """Read one fate and all that may explain it; see :func:`cellfate.tl.decompose` for the arguments.
 
-    Every break of the data contract is a :class:`DataError`. Doubtful input is a :class:`CellfateWarning`: cells without a
-    leaf that are left out (`cf.pp.set_tree(..., missing="drop")`), shared positions, perfect separation. `adata` stays as
-    it is.
+    Every break of the data contract is a :class:`DataError`. Doubtful input is a :class:`CellfateWarning`: cells without
+    a leaf that are left out (`cf.pp.set_tree(..., missing="drop")`), shared positions, perfect separation. `adata` stays
+    as it is.
     """
     check_adata(adata)
     kind = _kind(family)
@@ -139,8 +149,8 @@ def _check_trees_by_specimen(
         ):
             warnings.warn(
                 f"The trees come by specimen and obs[{name!r}] holds the same {len(keys)} names, but library_key was "
-                f"not                 f"given: all cells share one field. Give library_key={name!r}; if these are clones of one tissue, "
-                "give their trees as a list.",
+                f"not given: all cells share one field. Give library_key={name!r}; if these are clones of one tissue, give "
+                "their trees as a list.",
                 CellfateWarning,
                 stacklevel=4,
             )

@@ -67,7 +67,7 @@ def read_groups(
 
 
 def check_not_one_each(codes: np.ndarray, label: str, kind: str, family: str, response: Response) -> None:
-    """A level per cell is an observation-level effect: it takes up the overdispersion of counts, else it cannot be seen."""
+    """A level per cell is an observation-level effect: it takes up the overdispersion of counts, else it is hidden."""
     n = len(codes)
     if len(np.unique(codes)) < n:
         return

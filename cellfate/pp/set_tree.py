@@ -27,8 +27,8 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
     adata
         Cells; their `obs_names` are the names of the leaves.
     tree
-        A networkx `DiGraph` (edges have `length`, or nodes have `time` or `depth`), Newick text (several trees are a forest),
-        an edge table with columns `parent`, `child` and perhaps `length`, or a dict of those by specimen.
+        A networkx `DiGraph` (edges have `length`, or nodes have `time` or `depth`), Newick text (several trees are a
+        forest), an edge table with columns `parent`, `child` and perhaps `length`, or a dict of those by specimen.
     key_added
         Where to store it. A tree that is there already is replaced, anything else is an error.
     missing
@@ -38,9 +38,9 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
 
     Returns
     -------
-    `None`. Writes `adata.uns[key_added]` (Newick text, or a dict of it by specimen where a dict came in); in a `TreeData`,
-    a single tree goes to `adata.obst[key_added]` instead (`DiGraph` with `length` on its edges). Cells without a leaf are
-    noted in `adata.uns[f"{key_added}_missing"]`.
+    `None`. Writes `adata.uns[key_added]` (Newick text, or a dict of it by specimen where a dict came in); in a
+    `TreeData`, a single tree goes to `adata.obst[key_added]` instead (`DiGraph` with `length` on its edges). Cells
+    without a leaf are noted in `adata.uns[f"{key_added}_missing"]`.
     """
     check_adata(adata)
     if missing not in POLICIES:
