@@ -309,8 +309,9 @@ def _from_table(table: Any, branch_length: str | None, label: str) -> Forest:
     column = branch_length or next((key for key in LENGTHS if key in columns), None)
     length: list[float | None] = [None] * len(names)
     if column is not None:
-        for name, value in zip(below, np.asarray(table[column], dtype=object), strict=True):
-            length[index[name]] = _number(value, f"column {column!r}", name, label)
+        for over, name, value in zip(above, below, np.asarray(table[column], dtype=object), strict=True):
+            given = None if over == "" and _is_missing(value) else value  # a root need not have a length
+            length[index[name]] = _number(given, f"column {column!r}", name, label)
     return _assemble(names, parent, length, label)
 
 
@@ -396,7 +397,8 @@ def _assemble(names: Sequence[str], parent: Sequence[int], length: Sequence[floa
             "Give lengths on all branches, or on none for unit lengths."
         )
     default = 1.0 if missing else 0.0
-    values = [0.0 if parent[node] == -1 and length[node] is None else _or(length[node], default) for node in order]
+    given = ((length[node], 0.0 if parent[node] == -1 else default) for node in order)
+    values = [instead if value is None else value for value, instead in given]
     index = np.empty(len(names) + 1, dtype=np.int64)
     index[order] = np.arange(len(names))
     index[-1] = -1
@@ -408,11 +410,7 @@ def _assemble(names: Sequence[str], parent: Sequence[int], length: Sequence[floa
             tuple(str(i) for i in range(len(roots))),
         )
     except DataError as e:
-        raise DataError(str(e).replace("the tree", label[0].lower() + label[1:]).replace("The tree", label)) from e
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+        raise (e if label == "The tree" else DataError(f"{label}: {e}")) from None
 
 
 def _find_cycle(parent: Sequence[int], among: Iterable[int]) -> list[int]:

@@ -34,7 +34,7 @@ class Forest:
     def __post_init__(self) -> None:
         parent = np.array(self.parent, dtype=np.int64)
         length = np.array(self.branch_length, dtype=np.float64)
-        names = np.empty(parent.shape, dtype=object)
+        names = np.empty(len(self.names), dtype=object)
         names[:] = [str(name) for name in self.names]
         for field, value in (("parent", parent), ("branch_length", length), ("names", names)):
             object.__setattr__(self, field, value)
@@ -45,8 +45,9 @@ class Forest:
         n = self.n_nodes
         if n == 0:
             raise DataError("The tree is empty: it has no node. Give a tree with at least one leaf.")
-        if self.branch_length.shape != (n,):
-            raise DataError(f"The tree has {n} nodes but {self.branch_length.size} branch lengths. Give one per node.")
+        for what, found in (("branch lengths", self.branch_length.size), ("names", self.names.size)):
+            if found != n:
+                raise DataError(f"The tree has {n} nodes but {found} {what}. Give one per node.")
         below = self.parent[~self.is_root]
         if (below <= np.flatnonzero(~self.is_root)).any() or (below >= n).any() or (self.parent < -1).any():
             raise DataError(
