@@ -38,6 +38,9 @@ class Likelihood:
     def expect(self, mean: Tensor, variance: Tensor) -> Expectation:
         return self.family.expect(self.outcome, mean + self.shift, variance, self.phi)
 
+    def correction(self, mean: Tensor, variance: Tensor) -> Tensor:
+        return self.family.correction(self.outcome, mean + self.shift, variance, self.phi)
+
     def at(self, mean: Tensor) -> Expectation:
         return self.family.at(self.outcome, mean + self.shift, self.phi)
 
@@ -96,7 +99,11 @@ class Laplace(Rule):
         m = posterior.mean.detach().requires_grad_(True)
         held = likelihood.detach()
         with torch.enable_grad():
-            (steepening,) = torch.autograd.grad(held.at(m).precision.sum(), m)
+            precision = held.at(m).precision
+            if not precision.requires_grad:  # a gaussian likelihood: nothing moves with the mode
+                e = likelihood.at(posterior.mean)
+                return (e.value - 0.5 * posterior.variance * e.precision).sum(-1), None, None
+            (steepening,) = torch.autograd.grad(precision.sum(), m)
         weight = -0.5 * posterior.variance * steepening  # of dm, through log|B|
         slope_weight = posterior.smooth(weight[..., None])[..., 0]
         e = likelihood.at(posterior.mean)
@@ -105,7 +112,7 @@ class Laplace(Rule):
 
 
 class Variational(Rule):
-    """Variational Laplace with the second-order correction of the bound."""
+    """Variational Laplace; the bound is corrected, cell by cell, for what the Gaussian could not absorb."""
 
     name = "variational"
 
@@ -115,24 +122,25 @@ class Variational(Rule):
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         e = likelihood.expect(posterior.mean, posterior.variance)
-        return (e.value + 0.5 * e.excess).sum(-1) - divergence(posterior)
+        correction = likelihood.correction(posterior.mean, posterior.variance)
+        return (e.value + correction).sum(-1) - divergence(posterior)
 
     def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
         m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
         held = likelihood.detach()
         with torch.enable_grad():
-            e = held.expect(m, v)
-            if not e.excess.requires_grad:  # a gaussian likelihood: the bound is exact
-                live = likelihood.expect(posterior.mean, posterior.variance)
-                return live.value.sum(-1), None, None
-            c_m, c_v = torch.autograd.grad(0.5 * e.excess.sum(), (m, v), retain_graph=True)
-            t_m, t_v = torch.autograd.grad(e.precision.sum(), (m, v))
+            correction = held.correction(m, v)
+            if not correction.requires_grad:  # a gaussian likelihood: the bound is exact
+                return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
+            c_m, c_v = torch.autograd.grad(correction.sum(), (m, v))
+            t_m, t_v = torch.autograd.grad(held.expect(m, v).precision.sum(), (m, v))
         third, fourth = -t_m, -2 * t_v  # E f''', E f''''
         lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v)
         slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
         precision_weight = posterior.smooth_squared(lambda_v[..., None])[..., 0]
         live = likelihood.expect(posterior.mean, posterior.variance)
-        part = live.value + 0.5 * live.excess + slope_weight * live.slope - precision_weight * live.precision
+        part = live.value + likelihood.correction(posterior.mean, posterior.variance)
+        part = part + slope_weight * live.slope - precision_weight * live.precision
         tau = posterior.sites.precision
         seen = tau > 1e-12
         omega = torch.where(seen, lambda_v / torch.where(seen, tau, torch.ones_like(tau)).square(), 0.0)

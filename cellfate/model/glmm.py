@@ -104,11 +104,11 @@ class Model:
         out = []
         for component in self.components:
             name = f"sd_{component.name}"
-            out += self._parameter(name, "sd", HalfNormal(2.0 * unit), 0.7 * unit, 0.0, 1e3 * unit)
+            out += self._parameter(name, "sd", HalfNormal(2.0 * unit), 0.7 * unit, 0.0, 50 * unit)
         if self.family.parameter == "variance_residual":
-            out += self._parameter("sd_residual", "log", HalfNormal(2.0 * unit), 0.5 * unit, 1e-4 * unit, 1e2 * unit)
+            out += self._parameter("sd_residual", "log", HalfNormal(2.0 * unit), 0.5 * unit, 1e-3 * unit, 10 * unit)
         elif self.family.parameter is not None:
-            out += self._parameter(self.family.parameter, "log", LogNormal(0.5, 1.5), 0.5, 1e-5, 1e4)
+            out += self._parameter(self.family.parameter, "log", LogNormal(0.5, 1.5), 0.5, 1e-4, 1e3)
         for component in self.components:
             for hyper in component.kernel.hyperparameters:
                 if hyper.fixed is None:
@@ -136,7 +136,7 @@ class Model:
         middle = float(np.sqrt(hyper.lower * hyper.upper))
         # the bounds are two standard deviations away, and the search may go a little beyond them
         default = LogNormal(middle, max(np.log(hyper.upper / hyper.lower) / 4, 0.1))
-        return self._parameter(name, "log", default, middle, hyper.lower / 3, hyper.upper * 3)
+        return self._parameter(name, "log", default, middle, hyper.lower / 2, hyper.upper * 2)
 
     @cached_property
     def _fixed(self) -> dict[str, float]:
