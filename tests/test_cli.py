@@ -1,0 +1,238 @@
+"""The command line gives what the API gives, and says in one line what is wrong."""
+
+import inspect
+import re
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import cellfate as cf
+from cellfate import cli
+from cellfate.errors import DataError
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return cf.datasets.simulate(N, family="bernoulli", variance_lineage=2.0, coefficients={"x": 0.5}, rng=3)
+
+
+@pytest.fixture
+def folder(tmp_path, simulated):
+    """An .h5ad without a tree, and the tree as a file."""
+    adata = simulated.copy()
+    (tmp_path / "tree.nwk").write_text(adata.uns.pop("tree") + "\n")
+    adata.obs["clone"] = [f"clone{i % 4}" for i in range(N)]
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    (tmp_path / "broken.nwk").write_text("((cell0,cell1),cell2;")
+    (tmp_path / "other.nwk").write_text("((a,b),c);")
+    (tmp_path / "text.h5ad").write_text("no HDF5 at all")
+    return tmp_path
+
+
+def run(folder, text, capsys):
+    """Run a command line in which `{}` is the folder."""
+    words = [word.replace("{}", str(folder)) for word in text.split()]
+    try:
+        code = cli.main(words)
+    except SystemExit as e:  # argparse leaves by itself
+        code = e.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def decompose_options():
+    (commands,) = (a for a in cli.parser()._actions if isinstance(a.choices, dict))
+    return {a.dest: a for a in commands.choices["decompose"]._actions if a.dest != "help"}
+
+
+FILES = {"input", "out", "figure", "missing", "verbosity"}
+
+
+def test_every_option_is_an_argument_and_every_argument_an_option():
+    arguments = inspect.signature(cf.tl.decompose).parameters
+    assert set(decompose_options()) - FILES == set(arguments) - {"adata", "copy"}
+
+
+def test_defaults_live_in_the_api():
+    for name, option in decompose_options().items():
+        if name not in FILES:
+            assert option.required or option.default == cli.ABSENT, name
+
+
+def test_decompose_gives_what_the_api_gives(folder, capsys, simulated):
+    before = (folder / "in.h5ad").read_bytes()
+    code, out, err = run(
+        folder,
+        "decompose {}/in.h5ad --fate fate --family bernoulli --formula ~1+x --tree {}/tree.nwk --lengthscale 0.5 "
+        "--priors sd_lineage=half_normal:1.5 beta=normal:5 --rng 1 --key-added mine --out {}/out.h5ad "
+        "--figure {}/figure.png",
+        capsys,
+    )
+    assert code == 0, err
+    assert (folder / "in.h5ad").read_bytes() == before
+    assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    priors = {"sd_lineage": ("half_normal", 1.5), "beta": ("normal", 5.0)}
+    api = cf.tl.decompose(
+        simulated, "fate", family="bernoulli", formula="~1+x", lengthscale=0.5, priors=priors, rng=1, copy=True
+    )
+    back = anndata.read_h5ad(folder / "out.h5ad")
+    for scale in ("latent", "link", "realized"):
+        pd.testing.assert_frame_equal(
+            cf.get.components(back, "mine", scale=scale), cf.get.components(api, scale=scale), check_dtype=False
+        )
+    pd.testing.assert_frame_equal(cf.get.effects(back, "mine"), cf.get.effects(api), check_names=False)
+    lineage = cf.get.components(api).set_index("component").loc["lineage"]
+    assert re.search(rf"^lineage +{re.escape(cli._short(lineage.variance))} .* {lineage.share:.3f} ", out, re.MULTILINE)
+    assert re.search(r"^x +", out, re.MULTILINE)
+    assert "cellfate:" not in out
+
+
+def test_a_key_serves_as_tree_and_none_leaves_out(folder, capsys, simulated):
+    simulated.write_h5ad(folder / "in.h5ad")
+    code, _, err = run(
+        folder,
+        "decompose {}/in.h5ad --fate fate --family bernoulli --tree tree --spatial none --out {}/out.h5ad",
+        capsys,
+    )
+    assert code == 0, err
+    assert set(cf.get.components(anndata.read_h5ad(folder / "out.h5ad"))["component"]) == {"lineage"}
+
+
+def test_the_input_is_overwritten_if_it_is_named_twice(folder, capsys):
+    arguments = "--fate fate --family bernoulli --tree none --groups clone --spatial none"
+    code, _, err = run(folder, f"decompose {{}}/in.h5ad {arguments} --out {{}}/in.h5ad", capsys)
+    assert code == 0, err
+    assert "cellfate" in anndata.read_h5ad(folder / "in.h5ad").uns
+
+
+START = "decompose {}/in.h5ad --fate fate --family bernoulli"
+WRONG = {
+    "no input": ("decompose {}/none.h5ad --fate fate --family bernoulli --out {}/out.h5ad", "There is no file .*none.h5ad"),
+    "no HDF5": ("decompose {}/text.h5ad --fate fate --family bernoulli --out {}/out.h5ad", "text.h5ad cannot be read as"),
+    "csv": ("decompose {}/tree.nwk --fate fate --family bernoulli --out {}/out.h5ad", "ends in '.nwk': use .h5ad"),
+    "out csv": (START + " --out {}/out.csv", "out.csv ends in '.csv'"),
+    "out elsewhere": (START + " --out {}/no/out.h5ad", "There is no folder .*/no for out.h5ad"),
+    "out of another format": (START + " --out {}/out.h5td", "differ in format: keep .h5ad"),
+    "figure of no kind": (START + " --out {}/out.h5ad --figure {}/f.docx", "'.docx': a figure is one of .png"),
+    "figure elsewhere": (START + " --out {}/out.h5ad --figure {}/no/f.png", "no folder .*/no for f.png"),
+    "no tree": (START + " --out {}/out.h5ad", "tree"),
+    "no such tree": (START + " --tree {}/t.nwk --out {}/out.h5ad", r"no such file and no such key; the data have uns \['truth'\]"),
+    "broken tree": (START + " --tree {}/broken.nwk --out {}/out.h5ad", "parenthes"),
+    "tree of others": (START + " --tree {}/other.nwk --out {}/out.h5ad", "cell"),
+    "missing": (START + " --tree {}/tree.nwk --missing ignore --out {}/out.h5ad", "missing is 'ignore'"),
+    "no fate": ("decompose {}/in.h5ad --fate no --family bernoulli --tree {}/tree.nwk --out {}/out.h5ad", "'no'"),
+    "not yet": ("decompose {}/in.h5ad --fate fate --family ordinal --tree {}/tree.nwk --out {}/out.h5ad", "ordinal"),
+    "prior in words": (START + " --tree {}/tree.nwk --priors sd_lineage=half_normal:two --out {}/out.h5ad", "not all numbers"),
+    "prior of nothing": (START + " --tree {}/tree.nwk --priors flat --out {}/out.h5ad", "write NAME=PRIOR"),
+    "unknown prior": (START + " --tree {}/tree.nwk --priors sd_lineage=cauchy:1 --out {}/out.h5ad", "cauchy"),
+    "unknown method": (START + " --tree {}/tree.nwk --method magic --out {}/out.h5ad", "magic"),
+    "unknown device": (START + " --tree {}/tree.nwk --device abacus --out {}/out.h5ad", "device 'abacus' is unknown"),
+    "no number": (START + " --lengthscale long --out {}/out.h5ad", "argument --lengthscale: invalid float value"),
+    "no out": (START, "the following arguments are required: --out"),
+    "no command": ("", "required: COMMAND"),
+    "unknown command": ("compose", "invalid choice"),
+    "unknown option": (START + " --out {}/out.h5ad --speed 3", "unrecognized arguments: --speed 3"),
+    "demo without cells": ("demo --n 0", "n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_one_line_and_code_2(what, folder, capsys):
+    text, message = WRONG[what]
+    code, out, err = run(folder, text, capsys)
+    assert code == 2
+    assert re.search(message, err), err
+    assert re.match(r"cellfate[a-z ]*: error: ", err)
+    assert err.count("\n") == 1
+    assert out == ""
+    assert sorted(p.name for p in folder.iterdir()) == ["broken.nwk", "in.h5ad", "other.nwk", "text.h5ad", "tree.nwk"]
+
+
+def test_the_input_under_another_name_is_not_overwritten(folder, capsys):
+    (folder / "out.h5ad").symlink_to(folder / "in.h5ad")
+    before = (folder / "in.h5ad").read_bytes()
+    code, _, err = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    assert code == 2
+    assert "under another name: give the same name twice" in err
+    assert (folder / "in.h5ad").read_bytes() == before
+
+
+def test_a_failing_fit_leaves_older_results_alone(folder, capsys, monkeypatch):
+    def fail(adata, fate, **_):
+        adata.uns["cellfate"] = "half of it"
+        raise DataError("the fit\nfailed")
+
+    monkeypatch.setattr(cf.tl, "decompose", fail)
+    (folder / "out.h5ad").write_text("older results")
+    code, _, err = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    assert (code, err) == (2, "cellfate: error: the fit failed\n")
+    assert (folder / "out.h5ad").read_text() == "older results"
+
+
+def test_a_bug_is_not_passed_off_as_bad_input(folder, monkeypatch):
+    def crash(adata, fate, **_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cf.tl, "decompose", crash)
+    words = (START + " --tree {}/tree.nwk --out {}/out.h5ad").replace("{}", str(folder)).split()
+    with pytest.raises(ZeroDivisionError):
+        cli.main(words)
+
+
+def test_our_warnings_are_one_line_and_no_error(folder, capsys):
+    text = (folder / "tree.nwk").read_text()
+    (folder / "tree.nwk").write_text(text.replace("cell7:", "gone:"))
+    code, _, err = run(folder, START + " --tree {}/tree.nwk --missing drop --lengthscale 0.5 --out {}/out.h5ad", capsys)
+    assert code == 0, err
+    (line,) = (line for line in err.splitlines() if "cellfate: warning: 1 of 40 cells" in line)
+    assert "cell7" in line
+    effects = cf.get.effects(anndata.read_h5ad(folder / "out.h5ad"))
+    assert list(effects.index[effects.isna().all(axis=1)]) == ["cell7"]
+
+
+def test_demo_prints_truth_beside_estimate(tmp_path, capsys):
+    code, out, err = run(tmp_path, "demo --n 60 --seed 4 --figure {}/demo.png", capsys)
+    assert code == 0, err
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    adata = cf.datasets.simulate(60, family="bernoulli", **cli.DEMO_TRUTH, rng=4)
+    cf.tl.decompose(adata, "fate", family="bernoulli", rng=4)
+    row = cf.get.components(adata).set_index("component").loc["lineage"]
+    words = next(line for line in out.splitlines() if line.startswith("variance lineage")).split()
+    interval = f"[{cli._short(row.variance_lower)}, {cli._short(row.variance_upper)}]".split()
+    assert words == ["variance", "lineage", cli._short(2.0), cli._short(row.variance), *interval]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sd_lineage=half_normal:2", ("sd_lineage", ("half_normal", 2.0))),
+        ("lengthscale_spatial=lognormal:0.5:1", ("lengthscale_spatial", ("lognormal", 0.5, 1.0))),
+        ("sd_batch=flat", ("sd_batch", "flat")),
+    ],
+)
+def test_priors_read_as_the_api_takes_them(text, expected):
+    assert cli._prior(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(0.0, "0"), (1.0, "1.00"), (0.98765, "0.988"), (123.4, "123"), (1234.5, "1234"), (-0.25, "-0.250"), (1e-5, "1.00e-05"), (123456, "1.23e+05")],
+)  # fmt: skip
+def test_numbers_are_three_digits(x, text):
+    assert cli._short(x) == text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"cellfate {cf.__version__}\n"
+
+
+def test_columns_line_up():
+    text = cli._columns([("a", "bb"), ("ccc", "d")])
+    assert text.splitlines() == ["a    bb", "ccc   d"]
+    assert np.ptp([len(line) for line in text.splitlines()]) == 0
