@@ -10,6 +10,8 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from cellfate.cells import Cells
+
 N = 24
 HALVES = ("left", "right")
 
@@ -98,3 +100,19 @@ def unchanged(adata):
     before = contents(adata)
     yield
     assert contents(adata) == before
+
+
+def shared_path(cells: Cells) -> np.ndarray:
+    """Depth of the most recent common ancestor of every two cells."""
+    mrca = cells.forest.mrca(cells.leaf)
+    return np.where(mrca >= 0, cells.forest.depth[mrca], 0.0)
+
+
+def same(one: Cells, other: Cells) -> None:
+    """The same cells, up to the order in which the forest keeps its trees."""
+    for field in ("names", "response", "design", "offset", "coordinates", "specimen", "kept"):
+        np.testing.assert_array_equal(getattr(one, field), getattr(other, field), err_msg=field)
+    for field in ("response_name", "terms", "specimens", "group_levels", "levels"):
+        assert getattr(one, field) == getattr(other, field)
+    assert one.groups.keys() == other.groups.keys()
+    np.testing.assert_allclose(shared_path(one), shared_path(other))

@@ -51,9 +51,9 @@ def read_cells(
 ) -> Cells:
     """Read one fate and all that may explain it; see :func:`cellfate.tl.decompose` for the arguments.
 
-    Every break of the data contract is a :class:`DataError`. Doubtful input is a :class:`CellfateWarning`: cells without
-    a leaf that are left out (`cf.pp.set_tree(..., missing="drop")`), shared positions, perfect separation. `adata` stays
-    as it is.
+    Every break of the data contract is a :class:`DataError`. Doubtful input is a :class:`CellfateWarning`: cells
+    without a leaf that are left out (`cf.pp.set_tree(..., missing="drop")`), shared positions, perfect separation.
+    `adata` stays as it is.
     """
     check_adata(adata)
     kind = _kind(family)
@@ -111,7 +111,7 @@ def read_cells(
 def _kind(family: str) -> str:
     """What a family's response has to be."""
     if not isinstance(family, str):
-        raise DataError(f"family is a {type(family).__name__}, wanted a name such as 'bernoulli'.")
+        raise DataError(f"family is of type {type(family).__name__}, wanted a name such as 'bernoulli'.")
     return get_family(family).kind
 
 
@@ -149,8 +149,8 @@ def _check_trees_by_specimen(
         ):
             warnings.warn(
                 f"The trees come by specimen and obs[{name!r}] holds the same {len(keys)} names, but library_key was "
-                f"not given: all cells share one field. Give library_key={name!r}; if these are clones of one tissue, give "
-                "their trees as a list.",
+                f"not given: all cells share one field. Give library_key={name!r}; if these are clones of one tissue, "
+                "give their trees as a list.",
                 CellfateWarning,
                 stacklevel=4,
             )

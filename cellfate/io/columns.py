@@ -51,7 +51,7 @@ def instead(key: object, keys: Iterable[object]) -> str:
 def column(adata: AnnData, key: str, role: str) -> pd.Series:
     """The column `obs[key]`."""
     if not isinstance(key, str):
-        raise DataError(f"{role} is a {type(key).__name__}, wanted the name of an obs column.")
+        raise DataError(f"{role} is of type {type(key).__name__}, wanted the name of an obs column.")
     if key not in adata.obs.columns:
         raise DataError(
             f"{role}: there is no obs column {key!r}; {instead(key, adata.obs.columns)}. "

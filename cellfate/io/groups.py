@@ -29,7 +29,7 @@ def read_groups(
         )
     keys = [] if groups is None else [groups] if isinstance(groups, str) else groups
     if not isinstance(keys, (list, tuple)):
-        raise DataError(f"groups is a {type(groups).__name__}, wanted the name of an obs column or a list of names.")
+        raise DataError(f"groups is of type {type(groups).__name__}, wanted the name of an obs column or a list.")
     codes: dict[str, np.ndarray] = {}
     levels: dict[str, tuple[str, ...]] = {}
     for key in keys:

@@ -35,7 +35,7 @@ def find_fate(adata: AnnData, fate: Any) -> tuple[pd.Series, str]:
             "`for name in fates: cf.tl.decompose(adata, name, ..., key_added=f'cellfate_{name}')`."
         )
     if not isinstance(fate, str):
-        raise DataError(f"fate is a {type(fate).__name__}, wanted the name of an obs column or of a gene.")
+        raise DataError(f"fate is of type {type(fate).__name__}, wanted the name of an obs column or of a gene.")
     in_obs, genes = fate in adata.obs.columns, np.flatnonzero(adata.var_names == fate)
     if in_obs and genes.size:
         raise DataError(f"fate {fate!r} is both an obs column and a gene. Rename one of them.")
