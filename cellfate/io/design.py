@@ -119,7 +119,7 @@ def _covariate(values: pd.Series, name: str) -> pd.Series:
     label = f"covariate obs[{name!r}]"
     if isinstance(values, pd.DataFrame):
         raise DataError(f"{label}: adata.obs has {values.shape[1]} columns of this name. Rename all but one.")
-    check_present(values, label, "Fill it in, or leave those cells out: `adata[adata.obs[...].notna()]`.")
+    check_present(values, label, f"Fill it in, or leave those cells out: `adata[adata.obs[{name!r}].notna()]`.")
     values = values.infer_objects()
     if pd.api.types.is_bool_dtype(values.dtype) and not isinstance(values.dtype, pd.CategoricalDtype):
         return values.astype(np.float64)

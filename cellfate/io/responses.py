@@ -64,9 +64,7 @@ def read_response(adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np
     """The fate of the kept cells, as a family of this kind (real, binary, successes, count) takes it."""
     column_, label = find_fate(adata, fate)
     values, names = column_[kept], adata.obs_names[kept].to_numpy()
-    remedy = (
-        "Leave those cells out: `adata[adata.obs[fate].notna()]`." if fate in adata.obs else "Leave those cells out."
-    )
+    remedy = f"Leave those cells out: `adata[adata.obs[{fate!r}].notna()]`." if fate in adata.obs else "Leave them out."
     if trials is not None and kind != "successes":
         raise DataError(
             f"trials was given, but only family='binomial' has trials; {label} is fitted without. "

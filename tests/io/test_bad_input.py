@@ -164,7 +164,8 @@ READ = [
     ("specimen at one point", positions([3, 4], slice(0, 12)), {"library_key": "half"},
      ["all cells in 1 of 2 specimens of obs['half'], 'left'", "at one point"]),
     # bernoulli
-    ("NaN fate", obs("fate", None, [0, 6]), {}, ["fate obs['fate'] is NaN in 2 of 24 cells: 'c0', 'c6'", ".notna()"]),
+    ("NaN fate", obs("fate", None, [0, 6]), {},
+     ["fate obs['fate'] is NaN in 2 of 24 cells: 'c0', 'c6'", "`adata[adata.obs['fate'].notna()]`"]),
     ("one level", obs("fate", "skin"), {}, ["one level: it is 'skin' in all 24 cells"]),
     ("a level in one cell", obs("fate", ["skin"] + ["neuron"] * (N - 1)), {},
      ["1 cell of level 'skin' ('c0') against 23 of 'neuron'", "At least 2"]),

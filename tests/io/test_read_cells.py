@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 from treedata import TreeData
@@ -13,6 +14,7 @@ from treedata import TreeData
 from cellfate import CellfateWarning, DataError
 from cellfate.cells import Cells
 from cellfate.io.anndata import read_cells
+from cellfate.kernels.spatial import Matern32
 from cellfate.pp import set_tree
 from cellfate.trees.convert import to_forest, to_graph
 from tests.embryo import N, embryo, half_tree, one_tree, same, trees, unchanged
@@ -219,6 +221,19 @@ def test_shared_positions_are_counted():
         CellfateWarning, match=r"3 of 24 cells share their position .*'c0', 'c3', 'c4'"
     ):  # c15 is elsewhere
         read_cells(adata, **FATE, library_key="half")
+
+
+def test_shared_positions_leave_the_covariance_positive_semidefinite():
+    adata = embryo()
+    adata.obsm["spatial"][[3, 4, 15]] = adata.obsm["spatial"][0]
+    with pytest.warns(CellfateWarning, match="share their position"):
+        cells = read_cells(adata, **FATE)
+    kernel = Matern32(cells.coordinates, cells.specimen)
+    like = torch.zeros(0, dtype=torch.float64)
+    structure = kernel.structure({"lengthscale": torch.tensor(20.0, dtype=torch.float64)}, like)
+    k = structure.dense(kernel.geometry(torch.arange(N)[None]))[0]
+    assert k[0, 3] == k[0, 0]
+    assert torch.linalg.eigvalsh(k).min() > -1e-12
 
 
 def test_specimens_of_one_cell_are_legal():

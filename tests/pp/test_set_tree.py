@@ -9,6 +9,7 @@ from treedata import TreeData
 
 import cellfate as cf
 from cellfate import DataError
+from cellfate.io.anndata import read_cells
 from cellfate.trees.convert import to_forest, to_graph
 from tests.embryo import N, contents, embryo, half_tree, one_tree, trees, unchanged
 
@@ -127,6 +128,15 @@ def test_treedata_missing():
     cf.pp.set_tree(tdata, half_tree(0, N - 1) + ";", missing="isolate")
     assert tdata.uns["tree_missing"]["cells"].tolist() == ["c23"]
     assert tdata.obst["tree"].number_of_nodes() == to_forest(half_tree(0, N - 1) + ";").n_nodes
+
+
+def test_treedata_views_become_copies():
+    tdata = treedata()
+    view = tdata[: N // 2]
+    with unchanged(tdata), pytest.warns(UserWarning, match="initializing view as actual"):
+        cf.pp.set_tree(view, trees()["left"])
+    assert not view.is_view
+    assert read_cells(view, "fate", family="bernoulli").n == N // 2
 
 
 def mine(tdata):
