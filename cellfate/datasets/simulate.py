@@ -395,7 +395,7 @@ def _lineage_settings(kernel: str, alpha: float | None, pagel_lambda: float | No
 def _tries(trials: int | Sequence[int] | np.ndarray, n: int) -> np.ndarray:
     tries = np.asarray(trials)
     _need(tries.shape in ((), (n,)), "the shape of trials", tries.shape, f"() or ({n},), one number or one per cell")
-    _need(bool((tries >= 1).all()), "the smallest of trials", tries.min(), "1 or more")
+    _need(bool((tries >= 1).all()), "the smallest of trials", int(tries.min()), "1 or more")
     return np.broadcast_to(tries, n).astype(np.int64)
 
 
