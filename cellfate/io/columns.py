@@ -75,7 +75,10 @@ def per_cell(adata: AnnData, value: Any, label: str) -> Any:
                 f"{label} has an index that is not the names of the cells: {len(strangers)} of {n} cells are not in "
                 f"it: {examples(strangers)}. Index it by adata.obs_names, or give a plain array."
             )
-    rows = np.shape(value)[0] if np.ndim(value) else None
+    try:
+        rows = np.shape(value)[0] if np.ndim(value) else None
+    except ValueError as e:
+        raise DataError(f"{label} has rows of different lengths. Give one row per cell, all of the same length.") from e
     if rows != n:
         found = "a single value" if rows is None else f"{rows} rows"
         raise DataError(f"{label} has {found} for {n} cells. Give one row per cell, in the order of adata.obs_names.")
@@ -95,7 +98,8 @@ def numbers(values: Any, label: str, remedy: str) -> np.ndarray:
     for dtype in dtypes:
         numeric = pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
         if not numeric:
-            kind = "text" if pd.api.types.is_object_dtype(dtype) or isinstance(dtype, pd.StringDtype) else str(dtype)
+            words = isinstance(dtype, pd.StringDtype) or getattr(dtype, "kind", "") in "OUS"
+            kind = "text" if words and not isinstance(dtype, pd.CategoricalDtype) else str(dtype)
             raise DataError(f"{label} holds no numbers but {kind}. {remedy}")
     if isinstance(values, (pd.Series, pd.DataFrame)):
         return values.to_numpy(dtype=np.float64, na_value=np.nan)

@@ -21,9 +21,9 @@ MANY_LEVELS, MOST_LEVELS = (
 )  # of a categorical covariate: suspicious where half the cells have their own; too many
 DEPENDENT = 1e-10  # singular value, relative to the largest, below which scaled columns count as collinear
 
-# Text in quotes | `a column` | a name, with what follows it: "(" calls it, "." looks into it, "=" names an argument.
-NAME = re.compile(r"""("[^"]*"|'[^']*')|`([^`]+)`|(?<![\w.])([^\W\d]\w*)(?!\w)\s*(\(|\.\w|=(?!=))?""")
-CONSTANTS = {"True", "False", "None", "np"}
+# Text in quotes | `a column` | a name, with what follows it: "(" calls it, "=" names an argument.
+NAME = re.compile(r"""("[^"]*"|'[^']*')|`([^`]+)`|(?<![\w.])([^\W\d]\w*)(?!\w)\s*(\(|=(?!=))?""")
+CONSTANTS = {"True", "False", "None", "np", "contr"}
 
 
 def columns_of(formula: str) -> list[str]:
@@ -110,8 +110,8 @@ def _parse(formula: Any) -> SimpleFormula:
 
 def _plain(e: Exception) -> str:
     """The message of a formula error on one line, without its terminal colors."""
-    text = re.sub(r"\x1b?\[[\d;]*m|[⧛⧚]", "", str(e))
-    return " ".join(text.split()).rstrip(".")
+    text = re.sub(r"\x1b?\[[\d;]*m|[⧛⧚]", "", str(e)).split("\n\n")[0]  # what follows is the formula again
+    return " ".join(text.split())[:200].rstrip(".")
 
 
 def _covariate(values: pd.Series, name: str) -> pd.Series:
@@ -126,7 +126,8 @@ def _covariate(values: pd.Series, name: str) -> pd.Series:
     if pd.api.types.is_complex_dtype(values.dtype) or pd.api.types.is_datetime64_any_dtype(values.dtype):
         raise DataError(f"{label} holds {values.dtype}. Turn it into numbers first, such as hours since the start.")
     if pd.api.types.is_numeric_dtype(values.dtype):
-        numeric = values.astype(np.float64)
+        whole = pd.api.types.is_integer_dtype(values.dtype)  # so that C(batch) has levels 1, 2, not 1.0, 2.0
+        numeric = values.astype(np.int64 if whole else np.float64)
         check_finite(numeric.to_numpy(), values.index.to_numpy(), label, "Correct it, or leave those cells out.")
         return numeric
     if not isinstance(values.dtype, pd.CategoricalDtype):
