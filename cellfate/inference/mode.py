@@ -30,6 +30,10 @@ class Mode:
     log_posterior: float
     curvature: Tensor  # negative second derivative of the log posterior
     sites: Sites
+    mean: Tensor  # (n,) of the latent field
+    log_variance: Tensor  # (n,)
+    mean_slope: Tensor  # (d, n), derivative of `mean` in u
+    log_variance_slope: Tensor  # (d, n)
     at_bound: tuple[str, ...]
     evaluations: int
     converged: bool
@@ -113,25 +117,34 @@ def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
     u = torch.where(torch.tensor([p.scale == "sd" for p in model.parameters], device=u.device), u.abs(), u)
     here = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
     value = float(here.free_energy + model.log_prior(u[None]))
-    curvature = _curvature(model, engine, rule, u, here.fit.sites, scale)
+    curvature, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, here.fit.sites, scale)
     at_bound = tuple(
         p.name
         for p, x in zip(model.parameters, u.tolist(), strict=True)
         if p.scale != "sd" and any(abs(x - b) < 1e-3 for b in p.bounds)
     )
-    return Mode(u, float(here.free_energy), value, curvature, here.fit.sites, at_bound, count, converged, message)
+    mean, log_variance = here.posterior.mean[0], here.posterior.variance[0].log()
+    return Mode(
+        u, float(here.free_energy), value, curvature, here.fit.sites, mean, log_variance, mean_slope, log_variance_slope,
+        at_bound, count, converged, message,
+    )  # fmt: skip
 
 
-def _curvature(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, scale: np.ndarray) -> Tensor:
-    """Negative Hessian by central differences of the gradient, all steps as one batch."""
-    d = len(u)
+def _derivatives(
+    model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, scale: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative Hessian of the log posterior and slopes of the posterior moments, by central differences as one batch."""
+    d, n = len(u), model.data.n
     step = 0.02 * torch.as_tensor(scale, dtype=u.dtype, device=u.device)
     offsets = torch.diag(step)
     points = torch.cat([u + offsets, u - offsets])
-    gradients = []
-    for part in points.split(engine.points_at_once(MEMORY)):
+    gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
+    for part in points.split(engine.points_at_once(MEMORY)) if d else ():
         start = repeat(sites, len(part))
-        gradients.append(log_posterior(model, engine, part, rule, start=start, tolerance=TIGHT)[2])
-    g = torch.cat(gradients) if gradients else u.new_zeros(0, 0)
-    hessian = (g[:d] - g[d:]) / (2 * step[:, None])
-    return -(hessian + hessian.mT) / 2
+        here, _, gradient = log_posterior(model, engine, part, rule, start=start, tolerance=TIGHT)
+        gradients.append(gradient)
+        means.append(here.posterior.mean)
+        variances.append(here.posterior.variance.log())
+    g, m, v = (torch.cat(x) for x in (gradients, means, variances))
+    g, m, v = ((x[:d] - x[d:]) / (2 * step[:, None]) for x in (g, m, v))
+    return -(g + g.mT) / 2, m, v

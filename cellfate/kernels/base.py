@@ -70,6 +70,11 @@ class Kernel(ABC):
         """Label (n,) of the independent set that each cell belongs to; None where the kernel does not say."""
         return None
 
+    @property
+    def expected_variance(self) -> float:
+        """c(K) of the kernel as it enters the model: what a variance of 1 contributes among these cells."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Component:

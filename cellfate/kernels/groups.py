@@ -28,6 +28,11 @@ class Intercepts(Kernel):
         levels = int(self.codes.max()) + 1
         return torch.nn.functional.one_hot(torch.as_tensor(self.codes), levels).to(torch.float64)
 
+    @property
+    def expected_variance(self) -> float:
+        total = float((np.bincount(self.codes).astype(float) ** 2).sum())
+        return (self.n - total / self.n) / max(self.n - 1, 1)
+
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Basis:
         phi = self._phi.to(like)
         return Basis(phi, phi.new_ones(phi.shape[1]))

@@ -117,9 +117,10 @@ class Parameter:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Bounds of `u`; an sd is left free on both sides of zero, where it is even."""
+        """Bounds of `u`; an sd passes zero freely, where it is even."""
         if self.scale == "sd":
-            return -self.upper, self.upper
+            # open below: in a box that is closed all around, L-BFGS-B begins with a full gradient step
+            return -math.inf, self.upper
         if self.scale == "real":
             return -math.inf, math.inf
         return self.coordinate(self.lower), self.coordinate(self.upper)
