@@ -8,14 +8,14 @@ from cellfate.errors import CellfateWarning, DataError
 
 if TYPE_CHECKING:
     from cellfate import datasets, get, io, pl, pp, tl
-    from cellfate.model.glmm import GLMM
+    from cellfate.inference.fit import GLMM
 
 __version__ = "0.1.0"
 __all__ = ["GLMM", "CellfateWarning", "DataError", "datasets", "get", "io", "pl", "pp", "tl", "verbosity"]
 
 # Loaded at first use: importing cellfate must not cost the seconds that torch, scanpy and matplotlib take.
 _FACES = ("datasets", "get", "io", "pl", "pp", "tl")
-_OBJECTS = {"GLMM": "cellfate.model.glmm"}
+_OBJECTS = {"GLMM": "cellfate.inference.fit"}
 
 
 def __getattr__(name: str) -> Any:

@@ -146,8 +146,12 @@ class DenseEngine(Engine):
         return DensePosterior(self, prepared, sites)
 
     def points_at_once(self, memory: float) -> int:
+        return max(1, int(memory / self.bytes_per_point()))
+
+    def bytes_per_point(self) -> float:
+        """Memory that one hyperparameter point needs."""
         matrices = 6 + 2 * len(self._kernels)  # alive at the widest moment, the gradient's temporaries included
-        return max(1, int(memory / (self.blocks.entries * self.like.element_size() * matrices)))
+        return float(self.blocks.entries * self.like.element_size() * matrices)
 
     def factor(self, term: Term) -> list[Tensor]:
         """Lower factors of the unit covariance, per stack, with :data:`JITTER` on the diagonal."""

@@ -1,8 +1,9 @@
 """The hyperposterior: quasi-random points about the mode, evaluated as one batch and reweighted to the truth.
 
-The weights are importance ratios, Pareto-smoothed. Between the evaluated points the log posterior is smooth (in coordinates in
-which an absent component is an ordinary point), so that many more draws than evaluations can be taken from an interpolant; its
-error at points left out is reported, and where it is not small the evaluated points are used alone.
+The weights are importance ratios, Pareto-smoothed. Between the evaluated points the log ratio of posterior to proposal is smooth
+(in coordinates in which an absent component is an ordinary point), so that many more draws than evaluations can be taken from an
+interpolant, once a second batch has filled the gaps that matter. The interpolant's error at points left out is reported, and where
+it is not small the evaluated points are used alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.spatial import KDTree
 from scipy.special import logsumexp
 from torch import Tensor
 
@@ -19,14 +21,16 @@ from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
 from cellfate.inference.importance import FoldedT, Surface, pareto_smooth, systematic, uniforms
 from cellfate.inference.mode import MEMORY, Mode
 from cellfate.inference.sites import Laplace, Likelihood, Rule
-from cellfate.model.glmm import FIXED, Model
+from cellfate.model.glmm import FIXED, RESIDUAL, Model
+from cellfate.model.partition import SHARED
 
 LOOSE = 0.03  # of site updates where only the free energy counts: it is off by about the square
-INFLATE = 1.1  # of the proposal's scale
-DENSE_DRAWS = 8192  # from the interpolant
-DRAWS = 2000  # equally weighted, kept
-FIELDS = 8  # draws of the fields at each point, for realized variances
-VARIANCE_POINTS = 8  # at which the posterior variances of components are computed
+INFLATE = 1.2  # of the proposal's scale
+MANY = 16  # points at once from which on they are cheap
+FILL = 0.25  # share of the points that fill gaps
+CLOUD = 2**14  # draws weighted by the interpolant
+DRAWS = 4000  # equally weighted, kept
+FIELDS = 16  # draws of the fields at each point, for realized variances and the spread of effects
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.25  # of the interpolant, in log density
 ROUNDS = 3
@@ -57,11 +61,11 @@ class _Points:
 
     u: np.ndarray
     log_posterior: np.ndarray
-    means: dict[str, np.ndarray]
+    means: dict[str, np.ndarray]  # (points, n)
+    spreads: dict[str, np.ndarray]  # (points, n), posterior variance estimated from the draws of the fields
     beta: np.ndarray
     beta_factor: np.ndarray
     realized: dict[str, np.ndarray]  # (points, FIELDS)
-    sites: Sites
     unsettled: int
 
     @staticmethod
@@ -71,10 +75,10 @@ class _Points:
             np.concatenate([p.u for p in parts]),
             np.concatenate([p.log_posterior for p in parts]),
             {k: np.concatenate([p.means[k] for p in parts]) for k in first.means},
+            {k: np.concatenate([p.spreads[k] for p in parts]) for k in first.spreads},
             np.concatenate([p.beta for p in parts]),
             np.concatenate([p.beta_factor for p in parts]),
             {k: np.concatenate([p.realized[k] for p in parts]) for k in first.realized},
-            Sites(torch.cat([p.sites.precision for p in parts]), torch.cat([p.sites.shift for p in parts])),
             sum(p.unsettled for p in parts),
         )
 
@@ -95,15 +99,18 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     if d == 0:
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
-        return _summarize(model, engine, points, np.zeros(1), draws, (mode.free_energy, -np.inf, 0.0), rng)
+        return _summarize(model, points, np.ones(1), draws, (mode.free_energy, -np.inf, 0.0), rng)
     count = 64 if d <= 3 else 128 if d <= 5 else 256
+    if d <= 5 and engine.points_at_once(MEMORY) >= MANY:
+        count *= 2  # where points are cheap
+    fill = int(FILL * count)
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
     parts: list[_Points] = []
     counts: list[int] = []
     for _ in range(ROUNDS):
         proposals.append(FoldedT(location, INFLATE * scale, folded))
-        u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))[:count]
+        u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))[: count - fill]
         counts.append(len(u))
         parts.append(_evaluate(model, engine, rule, mode, u, rng))
         points = _Points.join(parts)
@@ -117,12 +124,86 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         centered = points.u - location
         scale = np.linalg.cholesky((centered * weight[:, None]).T @ centered + 1e-2 * scale @ scale.T)
 
-    draws, log_evidence, error = _dense_draws(model, mode, points, proposals, counts, rng)
-    if draws is None:
-        chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
-        draws = _with_beta(points.u[chosen], points.beta[chosen], points.beta_factor[chosen], rng)
-        log_evidence = float(logsumexp(log_ratio) - np.log(len(log_ratio)))
-    return _summarize(model, engine, points, log_weight, draws, (log_evidence, k, error), rng)
+    cloud = _Cloud(model, mode, proposals, counts, rng)
+    if cloud.fit(points):
+        parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill), rng))
+        points_filled = _Points.join(parts)
+        if cloud.fit(points_filled) and cloud.error <= LARGEST_ERROR:
+            draws = cloud.draws(rng)
+            return _summarize(model, points_filled, cloud.mass(), draws, (cloud.log_evidence, k, cloud.error), rng)
+    weight = np.exp(log_weight)
+    chosen = systematic(weight, DRAWS, rng)[rng.permutation(DRAWS)]
+    draws = _with_beta(points.u[chosen], points.beta[chosen], points.beta_factor[chosen], rng)
+    log_evidence = float(logsumexp(log_ratio) - np.log(len(log_ratio)))
+    return _summarize(model, points, weight, draws, (log_evidence, k, cloud.error), rng)
+
+
+class _Cloud:
+    """Many draws of the proposals, weighted by an interpolant of the log ratio through the evaluated points."""
+
+    def __init__(
+        self, model: Model, mode: Mode, proposals: list[FoldedT], counts: list[int], rng: np.random.Generator
+    ) -> None:
+        self._proposals, self._counts = proposals, counts
+        self._scale, self._centre = _factor(model, mode), mode.u.cpu().numpy()
+        d, total = len(self._centre), sum(counts)
+        drawn = [
+            q.draw(uniforms(max(16, CLOUD * c // total), d + 1, rng)) for q, c in zip(proposals, counts, strict=True)
+        ]
+        self._drawn = sum(len(u) for u in drawn)
+        u = _inside(model, np.concatenate(drawn))
+        # neighbors in space are neighbors in order, so that systematic resampling spreads over the space
+        self._u = u[KDTree(self._whiten(u), leafsize=1).indices]
+        self._z = self._whiten(self._u)
+        self.error, self.log_evidence = np.inf, np.nan
+
+    def _whiten(self, u: np.ndarray) -> np.ndarray:
+        return np.linalg.solve(self._scale, (u - self._centre).T).T
+
+    def fit(self, points: _Points) -> bool:
+        """Interpolate through `points`; False where there are too few."""
+        log_ratio = points.log_posterior - _mixture(self._proposals, self._counts, points.u)
+        good = np.isfinite(log_ratio)
+        if good.sum() < 4 * (len(self._centre) + 1):
+            return False
+        rows, columns = np.tril_indices(points.beta.shape[1])
+        values = np.column_stack([log_ratio[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
+        z = self._whiten(points.u[good])
+        surface = Surface(z, values)
+        self._found = surface(self._z)
+        # where it extrapolates, the ratio is not trusted to be much above what was seen
+        log_weight = np.minimum(self._found[:, 0], log_ratio[good].max() + 1.0)
+        self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
+        self._weight = np.exp(log_weight - logsumexp(log_weight))
+        self._distance, nearest = KDTree(z).query(self._z)
+        self._mass = np.zeros(len(good))
+        self._mass[good] = np.bincount(nearest, self._weight, minlength=int(good.sum()))
+        self.error = surface.error(self._mass[good])
+        return True
+
+    def gaps(self, count: int) -> np.ndarray:
+        """Points (count, d) that are far from every evaluated one, weighed by what they would contribute."""
+        keep = self._weight > 1e-4 * self._weight.max()
+        u, z, weight, distance = self._u[keep], self._z[keep], np.sqrt(self._weight[keep]), self._distance[keep]
+        chosen = []
+        for _ in range(count):
+            i = int(np.argmax(weight * distance))
+            chosen.append(u[i])
+            distance = np.minimum(distance, np.linalg.norm(z - z[i], axis=1))
+        return np.array(chosen)
+
+    def mass(self) -> np.ndarray:
+        """Posterior mass nearest to each evaluated point."""
+        return self._mass
+
+    def draws(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Equally weighted draws of hyperparameters (DRAWS, d) and fixed effects (DRAWS, p)."""
+        chosen = systematic(self._weight, DRAWS, rng)[rng.permutation(DRAWS)]
+        p = int((np.sqrt(9 + 8 * (self._found.shape[1] - 1)) - 3) / 2)  # 1 + p + p (p + 1) / 2 columns
+        rows, columns = np.tril_indices(p)
+        factor = np.zeros((DRAWS, p, p))
+        factor[:, rows, columns] = self._found[chosen, 1 + p :]
+        return _with_beta(self._u[chosen], self._found[chosen, 1 : 1 + p], factor, rng)
 
 
 def _folded(model: Model) -> np.ndarray:
@@ -168,16 +249,27 @@ def _evaluate(
 
 def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:
     posterior, terms = here.posterior, here.terms
-    means = {term.name: posterior.component_mean(term).cpu().numpy() for term in terms}
+    means = {term.name: posterior.component_mean(term) for term in terms}
     fields = posterior.sample(terms, FIELDS, generators)
+    spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
     beta, factor = _beta(model, here)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
         fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, FIELDS)
     realized = {name: field.var(-2).cpu().numpy() for name, field in fields.items()}
     whole = torch.as_tensor(sum(fields.values())).var(-2).cpu().numpy()
-    realized["shared"] = whole - sum(realized.values())
+    realized[SHARED] = whole - sum(realized.values())
+    if model.family.parameter == "variance_residual":
+        residual = here.theta.values["sd_residual"].square().cpu().numpy()
+        realized[RESIDUAL] = np.repeat(residual[:, None], FIELDS, axis=1)
     return _Points(
-        u.cpu().numpy(), value.cpu().numpy(), means, beta, factor, realized, here.fit.sites, int((here.fit.status != 0).sum())
+        u=u.cpu().numpy(),
+        log_posterior=value.cpu().numpy(),
+        means={name: mean.cpu().numpy() for name, mean in means.items()},
+        spreads=spreads,
+        beta=beta,
+        beta_factor=factor,
+        realized=realized,
+        unsettled=int((here.fit.status != 0).sum()),
     )
 
 
@@ -198,69 +290,22 @@ def _with_beta(
     return u, mean + (factor @ rng.standard_normal((*mean.shape, 1)))[..., 0]
 
 
-def _dense_draws(
-    model: Model, mode: Mode, points: _Points, proposals: list[FoldedT], counts: list[int], rng: np.random.Generator
-) -> tuple[tuple[np.ndarray, np.ndarray] | None, float, float]:
-    """Equally weighted draws (u, beta) and log evidence by way of an interpolant; None where it is not good enough."""
-    d, p = points.u.shape[1], points.beta.shape[1]
-    scale = _factor(model, mode)
-    centre = mode.u.cpu().numpy()
-
-    def whiten(u: np.ndarray) -> np.ndarray:
-        return np.linalg.solve(scale, (u - centre).T).T
-
-    good = np.isfinite(points.log_posterior)
-    good &= points.log_posterior > points.log_posterior[good].max() - 50  # the far tail weighs nothing and bends the surface
-    z = whiten(points.u[good])
-    if good.sum() < 3 * (d + 1):
-        return None, np.nan, np.nan
-    rows, columns = np.tril_indices(p)
-    rest = points.log_posterior[good] - mode.log_posterior + 0.5 * (z * z).sum(1)
-    surface = Surface(z, np.column_stack([rest, points.beta[good], points.beta_factor[good][:, rows, columns]]))
-    error = surface.error()
-    if error > LARGEST_ERROR:
-        return None, np.nan, error
-    dense = np.concatenate(
-        [
-            q.draw(uniforms(max(16, DENSE_DRAWS * c // sum(counts)), d + 1, rng))
-            for q, c in zip(proposals, counts, strict=True)
-        ]
-    )
-    total = len(dense)
-    dense = _inside(model, dense)
-    z = whiten(dense)
-    found = surface(z)
-    # no further from what was seen than the surface can be trusted
-    value = np.minimum(found[:, 0], rest.max() + 1.0) - 0.5 * (z * z).sum(1) + mode.log_posterior
-    log_ratio = value - _mixture(proposals, counts, dense)
-    chosen = systematic(np.exp(log_ratio - log_ratio.max()), DRAWS, rng)
-    chosen = chosen[rng.permutation(DRAWS)]
-    factor = np.zeros((DRAWS, p, p))
-    factor[:, rows, columns] = found[chosen, 1 + p :]
-    draws = _with_beta(dense[chosen], found[chosen, 1 : 1 + p], factor, rng)
-    return draws, float(logsumexp(log_ratio) - np.log(total)), error
-
-
 def _summarize(
     model: Model,
-    engine: Engine,
     points: _Points,
-    log_weight: np.ndarray,
+    weight: np.ndarray,
     draws: tuple[np.ndarray, np.ndarray],
     diagnostics: tuple[float, float, float],
     rng: np.random.Generator,
 ) -> Hyperposterior:
-    weight = np.exp(log_weight)
-    index, counts = np.unique(systematic(weight, VARIANCE_POINTS, rng), return_counts=True)
-    within = _component_variances(model, engine, points, index, counts / VARIANCE_POINTS)
     effects = {}
     for name, mean in points.means.items():
         average = weight @ mean
-        effects[name] = (average, np.sqrt(within[name] + weight @ (mean - average) ** 2))
+        effects[name] = (average, np.sqrt(weight @ (points.spreads[name] + (mean - average) ** 2)))
 
     pick = systematic(np.repeat(weight, FIELDS), DRAWS, rng)
     u, beta = draws
-    theta = model.theta(torch.as_tensor(u).to(points.sites.shift))
+    theta = model.theta(torch.as_tensor(u).to(model.data.offset))
     log_evidence, k, error = diagnostics
     return Hyperposterior(
         values={name: value.cpu().numpy() for name, value in theta.values.items()},
@@ -273,18 +318,3 @@ def _summarize(
         evaluations=len(points.u),
         unsettled=points.unsettled,
     )
-
-
-def _component_variances(
-    model: Model, engine: Engine, points: _Points, index: np.ndarray, share: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Posterior variance (n,) of each component, averaged over the evaluated points `index` with weights `share`."""
-    total = {name: np.zeros(mean.shape[1]) for name, mean in points.means.items()}
-    for i, w in zip(index, share, strict=True):
-        sites = points.sites[torch.tensor([i], device=points.sites.shift.device)]
-        with torch.no_grad():
-            terms = model.terms(model.theta(torch.as_tensor(points.u[[i]]).to(sites.shift)))
-            posterior = engine.condition(terms, sites)
-            for term in terms:
-                total[term.name] += w * posterior.component_variance(term)[0].cpu().numpy()
-    return {name: np.maximum(x, 0.0) for name, x in total.items()}

@@ -94,23 +94,21 @@ def systematic(weight: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 
 
 class Surface:
-    """Smooth interpolation through scattered points of functions that are known there, in whitened coordinates."""
+    """Smooth interpolation through scattered points z (s, d) of functions (s, k) that are known there."""
 
     def __init__(self, z: np.ndarray, values: np.ndarray) -> None:
         self._z, self._values = z, values
-        d = z.shape[1]
-        self._degree = 2 if len(z) >= 2 * (d + 1) * (d + 2) // 2 else 1
-        self._interpolate = RBFInterpolator(z, values, kernel="cubic", degree=self._degree)
+        self._interpolate = RBFInterpolator(z, values, kernel="cubic", degree=1)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         return self._interpolate(z)
 
-    def error(self, folds: int = 8) -> float:
-        """Root mean square error at points left out, fold by fold, of the first function."""
+    def error(self, weight: np.ndarray, folds: int = 8) -> float:
+        """Error of the first function at points left out, fold by fold: root of the mean square weighted by `weight` (s,)."""
         index = np.arange(len(self._z))
-        errors = []
+        square = np.zeros(len(index))
         for fold in range(folds):
             out = index % folds == fold
-            fit = RBFInterpolator(self._z[~out], self._values[~out, :1], kernel="cubic", degree=self._degree)
-            errors.append(fit(self._z[out])[:, 0] - self._values[out, 0])
-        return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+            fit = RBFInterpolator(self._z[~out], self._values[~out, :1], kernel="cubic", degree=1)
+            square[out] = (fit(self._z[out])[:, 0] - self._values[out, 0]) ** 2
+        return float(np.sqrt((weight * square).sum() / weight.sum()))

@@ -1,0 +1,285 @@
+"""The model on arrays: build, fit, evaluate. `cf.tl.decompose` is this with an AnnData around it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from cellfate._runtime import SeedLike, generator, logger, resolve_device, resolve_dtype
+from cellfate.engines.base import Engine
+from cellfate.engines.choose import choose
+from cellfate.errors import CellfateWarning, DataError
+from cellfate.inference.free_energy import evaluate
+from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
+from cellfate.inference.mode import Mode, find_mode
+from cellfate.inference.sites import RULES, Rule
+from cellfate.inference.variational_laplace import Status
+from cellfate.kernels.base import Component, Given, Kernel
+from cellfate.model.families import Outcome, get_family
+from cellfate.model.glmm import Data, Model
+from cellfate.model.partition import LATENT, partition, rows, summary
+
+MUST_SETTLE = 0.95  # of the points' site updates, or a warning
+EXACT = 1e-8  # of site updates at given hyperparameters
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The model at given hyperparameters; leading dimension where several points were given.
+
+    mean, variance: (n,) posterior of the latent field, fixed effects and offset included in the mean.
+    """
+
+    free_energy: Any
+    mean: np.ndarray
+    variance: np.ndarray
+    status: str
+
+
+@dataclass(frozen=True)
+class GLMMFit:
+    """A fitted model: what is reported, as plain arrays and columns of tables."""
+
+    components: dict[str, list]
+    shares: dict[str, list]
+    fixed_effects: dict[str, list]
+    draws: dict[str, np.ndarray]
+    effects: dict[str, tuple[np.ndarray, np.ndarray]]  # component -> posterior mean and sd (n,)
+    mode: dict[str, float]
+    free_energy: float
+    log_evidence: float
+    diagnostics: dict[str, Any]
+
+
+class GLMM:
+    """Generalized linear mixed model with structured covariances, on arrays.
+
+    Parameters
+    ----------
+    family
+        Name of the family, with its `link`.
+    components
+        Name -> kernel (:mod:`cellfate.kernels`) or covariance matrix (n, n), or a list of
+        :class:`cellfate.kernels.base.Component`.
+    priors
+        See :func:`cellfate.tl.decompose`.
+    reml
+        Integrate the fixed effects out; otherwise they are maximized with the hyperparameters.
+    method
+        ``"variational"``, ``"laplace"`` or ``"ep"``.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        components: Mapping[str, Kernel | np.ndarray | torch.Tensor] | Sequence[Component],
+        *,
+        link: str | None = None,
+        priors: Mapping[str, object] | None = None,
+        reml: bool = True,
+        method: str = "variational",
+        engine: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "float64",
+    ) -> None:
+        self.family = get_family(family, link)
+        self.components = _components(components)
+        self.priors, self.reml = dict(priors or {}), reml
+        self.rule = _rule(method)
+        self.engine_name = engine
+        self.device, self.dtype = resolve_device(device), resolve_dtype(dtype)
+        self._problem: tuple[Model, Engine, str] | None = None
+
+    def fit(
+        self,
+        y: Any,
+        X: Any = None,
+        offset: Any = None,
+        *,
+        trials: Any = None,
+        terms: Sequence[str] | None = None,
+        response: str = "y",
+        rng: SeedLike | None = None,
+    ) -> GLMMFit:
+        """Estimate the hyperparameters and partition the variance.
+
+        y: (n,); X: (n, p) fixed effects, none where it is None; offset: (n,), known, on link scale; trials: (n,) for a
+        binomial family. Warns where the answer is not to be trusted; the reasons are in `diagnostics`.
+        """
+        began = time.perf_counter()
+        model, engine, why = self._problem = self._build(y, X, offset, trials, terms)
+        logger.info("%s", why)
+        mode = find_mode(model, engine, self.rule)
+        posterior = integrate(model, engine, self.rule, mode, generator(rng))
+        scales = partition(model, posterior.values, posterior.beta, posterior.realized)
+        components, shares = rows(response, scales)
+        diagnostics = _diagnose(model, mode, posterior, scales[LATENT])
+        diagnostics |= {"engine": engine.name, "engine_reason": why, "seconds": time.perf_counter() - began}
+        return GLMMFit(
+            components=components,
+            shares=shares,
+            fixed_effects=_fixed_effects(model, posterior),
+            draws=_draws(model, posterior, scales[LATENT]),
+            effects={c.name: posterior.effects[c.name] for c in model.components},
+            mode=_mode_values(model, mode),
+            free_energy=mode.free_energy,
+            log_evidence=posterior.log_evidence,
+            diagnostics=diagnostics,
+        )
+
+    def evaluate(
+        self,
+        theta: Mapping[str, Any],
+        y: Any = None,
+        X: Any = None,
+        offset: Any = None,
+        *,
+        trials: Any = None,
+        method: str | None = None,
+    ) -> Evaluated:
+        """Free energy and posterior of the latent field at fixed hyperparameters.
+
+        theta: natural values by name, such as ``{"variance_lineage": 1.0, "lengthscale_spatial": 0.6}``, each a number or
+        (points,); `beta` (p,) too where `reml=False`. Without `y` the data of the last :meth:`fit` or :meth:`evaluate` is used.
+        """
+        if y is not None:
+            self._problem = self._build(y, X, offset, trials, None)
+        if self._problem is None:
+            raise DataError("there is no data yet: give y (and X, offset), or call fit first.")
+        model, engine, _ = self._problem
+        rule = self.rule if method is None else _rule(method)
+        at, points = model.from_natural(theta)
+        here = evaluate(model, engine, at, rule, tolerance=EXACT)
+        worst = Status(int(here.fit.status.max()))
+        if worst is not Status.CONVERGED:
+            warnings.warn(f"free energy: {worst.sentence}.", CellfateWarning, stacklevel=2)
+        free_energy = here.free_energy.cpu().numpy()
+        mean = (here.posterior.mean + model.shift(at)).cpu().numpy()
+        variance = here.posterior.variance.cpu().numpy()
+        if points == 1:
+            return Evaluated(float(free_energy[0]), mean[0], variance[0], worst.sentence)
+        return Evaluated(free_energy, mean, variance, worst.sentence)
+
+    def _build(
+        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None
+    ) -> tuple[Model, Engine, str]:
+        y = self._tensor("y", y, 1)
+        n = len(y)
+        design = y.new_zeros(n, 0) if X is None else self._tensor("X", X, 2, n)
+        known = y.new_zeros(n) if offset is None else self._tensor("offset", offset, 1, n)
+        outcome = Outcome(y, None if trials is None else self._tensor("trials", trials, 1, n))
+        if self.family.kind == "successes" and trials is None:
+            raise DataError("family 'binomial' needs `trials`, the number of trials behind each y.")
+        names = tuple(f"x{i}" for i in range(design.shape[1])) if terms is None else tuple(terms)
+        model = Model(self.family, self.components, Data(outcome, design, names, known), self.priors, self.reml)
+        engine, why = choose(self.engine_name, self.components, n, device=self.device, dtype=self.dtype)
+        return model, engine, why
+
+    def _tensor(self, name: str, x: Any, ndim: int, n: int | None = None) -> torch.Tensor:
+        out = torch.as_tensor(np.asarray(x, dtype=np.float64)).to(self.device, self.dtype)
+        if out.ndim != ndim or (n is not None and len(out) != n):
+            raise DataError(f"{name} has shape {tuple(out.shape)}, wanted {ndim} dimensions and {n or 'n'} rows.")
+        if not bool(out.isfinite().all()):
+            raise DataError(f"{name} has {int((~out.isfinite()).sum())} values that are NaN or infinite.")
+        return out
+
+
+def _components(components: Any) -> tuple[Component, ...]:
+    if isinstance(components, Mapping):
+        pairs = ((k, v if isinstance(v, Kernel) else Given(torch.as_tensor(v))) for k, v in components.items())
+        components = [Component(name, kernel) for name, kernel in pairs]
+    found = tuple(components)
+    if not found:
+        raise DataError("there are no components to partition the variation into; give at least one.")
+    names = [component.name for component in found]
+    if len(set(names)) < len(names):
+        raise DataError(f"component names repeat: {names}.")
+    return found
+
+
+def _rule(method: str) -> Rule:
+    if method not in RULES:
+        raise DataError(f"unknown method {method!r}; choose from {', '.join(sorted(RULES))}.")
+    return RULES[method]()
+
+
+def _natural(name: str, value: Any) -> tuple[str, Any]:
+    """A standard deviation is reported as a variance."""
+    return (f"variance_{name.removeprefix('sd_')}", value**2) if name.startswith("sd_") else (name, value)
+
+
+def _mode_values(model: Model, mode: Mode) -> dict[str, float]:
+    theta = model.theta(mode.u[None])
+    out = dict(_natural(name, float(value)) for name, value in theta.values.items())
+    if theta.beta is not None:
+        out |= {f"beta[{term}]": float(b) for term, b in zip(model.data.terms, theta.beta[0], strict=True)}
+    return out
+
+
+def _draws(model: Model, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    out = dict(_natural(name, value) for name, value in posterior.values.items())
+    out |= {f"beta[{term}]": posterior.beta[:, i] for i, term in enumerate(model.data.terms)}
+    total = sum(parts.values())
+    return out | {f"share_{name}": x / total for name, x in parts.items()}
+
+
+def _fixed_effects(model: Model, posterior: Hyperposterior) -> dict[str, list]:
+    found = [summary(posterior.beta[:, i]) for i in range(len(model.data.terms))]
+    columns = ("estimate", "sd", "lower", "upper")
+    return {"term": list(model.data.terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
+
+
+def _diagnose(
+    model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What should be known about the answer; each doubt is one warning and is kept."""
+    doubts = []
+    if not mode.converged:
+        doubts.append(f"the search for the mode stopped early ({mode.message})")
+    if posterior.pareto_k > LARGEST_K:
+        doubts.append(
+            f"k-hat is {posterior.pareto_k:.2f}, above {LARGEST_K}: the intervals rest on few of the evaluated points"
+        )
+    if posterior.unsettled > (1 - MUST_SETTLE) * posterior.evaluations:
+        doubts.append(f"site updates did not settle at {posterior.unsettled} of {posterior.evaluations} points")
+    if mode.at_bound:
+        doubts.append(f"the mode of {', '.join(mode.at_bound)} is at the bound of what the data can tell")
+    if not np.isfinite(mode.free_energy) or not all(np.isfinite(x).all() for x in parts.values()):
+        doubts.append("a result is not finite: do not use this fit")
+    for doubt in doubts:
+        warnings.warn(doubt + ".", CellfateWarning, stacklevel=4)
+    correlation, verdict = _verdict(parts)
+    return {
+        "status": "; ".join(doubts) or "converged",
+        "pareto_k": posterior.pareto_k,
+        "interpolation_error": posterior.interpolation_error,
+        "evaluations": mode.evaluations + posterior.evaluations,
+        "correlation_variances": correlation,
+        "verdict": verdict,
+    }
+
+
+def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """Rank correlation of the two variances a posteriori, and in words whether this data tells them apart."""
+    if "lineage" not in parts or "spatial" not in parts:
+        return float("nan"), "ancestry and neighborhood are not both in the model"
+    lineage, spatial = parts["lineage"], parts["spatial"]
+    correlation = float(spearmanr(lineage, spatial).statistic) if np.ptp(lineage) and np.ptp(spatial) else float("nan")
+    share = lineage / (lineage + spatial)
+    width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
+    if correlation < -0.6 and width > 0.5:
+        verdict = "confounded: this data knows the sum of ancestry and neighborhood better than either"
+    elif width > 0.7:
+        verdict = "weak: this data says little about how ancestry and neighborhood divide what they explain"
+    elif width > 0.4:
+        verdict = "partial: ancestry and neighborhood are told apart, with a wide margin"
+    else:
+        verdict = "clear: this data tells ancestry and neighborhood apart"
+    return correlation, verdict

@@ -1,0 +1,95 @@
+"""From posterior draws of variances to a partition: each component's variance and its share of the total.
+
+Three scales, none hidden in another. *Latent*: the random components and the variance of the fixed part among these cells.
+*Link*: the same, with the variance that the family's own distribution adds (Nakagawa, Johnson & Schielzeth 2017). *Realized*: the
+sample variances that the fields have in these very cells, and as `shared` twice their covariances, which this data cannot assign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from cellfate.model.glmm import FIXED, RESIDUAL, Model
+
+DISTRIBUTION = "distribution"
+SHARED = "shared"
+LATENT, LINK, REALIZED = "latent", "link", "realized"
+CHUNK = 2**22  # entries of cells x draws at once
+
+
+def summary(x: np.ndarray) -> tuple[float, float, float, float]:
+    """Mean, sd and 95% interval of draws."""
+    lower, upper = np.quantile(x, [0.025, 0.975])
+    return float(x.mean()), float(x.std()), float(lower), float(upper)
+
+
+def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> dict[str, np.ndarray]:
+    """Variance draws of each component on the latent scale."""
+    out = {c.name: values[f"sd_{c.name}"] ** 2 * c.kernel.expected_variance for c in model.components}
+    if has_covariates(model):
+        covariance = np.atleast_2d(np.cov(model.data.design.cpu().numpy(), rowvar=False))
+        out[FIXED] = np.einsum("sp,pq,sq->s", beta, covariance, beta)
+    if model.family.parameter == "variance_residual":
+        out[RESIDUAL] = values["sd_residual"] ** 2
+    return out
+
+
+def has_covariates(model: Model) -> bool:
+    """Whether the fixed part varies over the cells."""
+    design = model.data.design
+    return bool(design.shape[1]) and bool((design.amax(0) > design.amin(0)).any())
+
+
+def distribution_variance(
+    model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray, parts: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Draws of the variance that the family's distribution adds on the link scale."""
+    design, offset = model.data.design.cpu(), model.data.offset.cpu()
+    random = torch.as_tensor(sum(parts[c.name] for c in model.components)).to(offset)[:, None]
+    b = torch.as_tensor(beta).to(offset)
+    phi = None if model.family.parameter is None else torch.as_tensor(_phi(model, values)).to(offset)[:, None]
+    out, step = [], max(1, CHUNK // model.data.n)
+    for i in range(0, len(b), step):
+        eta = offset + b[i : i + step] @ design.mT
+        held = None if phi is None else phi[i : i + step]
+        out.append(model.family.distribution_variance(eta, random[i : i + step], held)[:, 0])
+    return torch.cat(out).numpy()
+
+
+def _phi(model: Model, values: Mapping[str, np.ndarray]) -> np.ndarray:
+    if model.family.parameter == "variance_residual":
+        return values["sd_residual"] ** 2
+    return values[str(model.family.parameter)]
+
+
+def partition(
+    model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray, realized: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Variance draws by scale and component."""
+    parts = latent(model, values, beta)
+    link = dict(parts)
+    if model.family.name != "gaussian":
+        link[DISTRIBUTION] = distribution_variance(model, values, beta, parts)
+    order = [*parts, SHARED]
+    seen = {name: realized[name] for name in order if name in realized}
+    if len(seen) <= 2 and SHARED in seen and RESIDUAL not in seen:
+        del seen[SHARED]  # a single component shares nothing
+    return {LATENT: parts, LINK: link, REALIZED: seen}
+
+
+def rows(response: str, scales: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, list], dict[str, list]]:
+    """Columns of the two tidy tables: variances and shares, one row per scale and component."""
+    tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
+    for scale, parts in scales.items():
+        total = sum(parts.values())
+        for component, draws in parts.items():
+            for table, name, x in zip(tables, ("variance", "share"), (draws, draws / total), strict=True):
+                mean, sd, lower, upper = summary(x)
+                row = {"scale": scale, "response": response, "component": component, name: mean}
+                row |= {f"{name}_sd": sd, f"{name}_lower": lower, f"{name}_upper": upper}
+                for column, value in row.items():
+                    table.setdefault(column, []).append(value)
+    return tables
