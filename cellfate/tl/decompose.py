@@ -1,0 +1,207 @@
+"""The main job: how much of the variation in a fate is ancestry, how much is neighborhood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellfate import _keys
+from cellfate._runtime import SeedLike, logger
+from cellfate.cells import Cells
+from cellfate.errors import DataError
+from cellfate.inference.fit import GLMM
+from cellfate.io.anndata import read_cells
+from cellfate.io.store import check_free, write_results
+from cellfate.kernels.base import Component
+from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.lineage import LINEAGE_KERNELS
+from cellfate.kernels.spatial import SPATIAL_KERNELS
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+
+
+def decompose(
+    adata: AnnData,
+    fate: str,
+    *,
+    family: str,
+    link: str | None = None,
+    formula: str = "~ 1",
+    lineage: Any = _keys.TREE,
+    lineage_kernel: str = "brownian",
+    spatial: Any = _keys.SPATIAL,
+    spatial_kernel: str = "matern32",
+    lengthscale: float | None = None,
+    library_key: str | None = None,
+    groups: str | list[str] | None = None,
+    offset: Any = None,
+    trials: Any = None,
+    priors: Mapping[str, object] | None = None,
+    reml: bool = True,
+    method: str = "variational",
+    engine: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float64",
+    rng: SeedLike | None = None,
+    key_added: str = _keys.KEY,
+    copy: bool = False,
+) -> AnnData | None:
+    """Partition the variation of a fate into ancestry and neighborhood.
+
+    Fits `g(E[fate]) = offset + x'beta + lineage + spatial + groups` and integrates over what is not known. Needs a tree, see
+    :func:`cellfate.pp.set_tree`, and coordinates in `adata.obsm["spatial"]`.
+
+    Parameters
+    ----------
+    fate
+        A column of `adata.obs`, or one gene of `adata.var_names`.
+    family, link
+        ``"gaussian"``; ``"bernoulli"`` or ``"binomial"`` (``"logit"``, ``"probit"``, ``"cloglog"``); ``"poisson"`` or
+        ``"negative_binomial"`` (``"log"``; variance mu + dispersion mu^2).
+    formula
+        Fixed effects from `adata.obs`, such as ``"~ 1 + stage"``.
+    lineage
+        Key of the tree in `adata.uns` or `adata.obst`, the tree itself, or None to leave ancestry out. With
+        `lineage_kernel="clone"` also a column of `adata.obs`.
+    lineage_kernel
+        ``"brownian"``: covariance is the shared path; ``"ou"``: ancestry is forgotten at a rate alpha that is estimated;
+        ``"pagel"``: internal branches scaled by a lambda that is estimated; ``"clone"``: identity of the clone only.
+    spatial
+        Key of coordinates (n, 2 or 3) in `adata.obsm`, the coordinates themselves, or None to leave neighborhood out.
+    spatial_kernel, lengthscale
+        ``"matern12"``, ``"matern32"``, ``"matern52"`` or ``"rbf"``; the length-scale, in units of the coordinates, is
+        estimated unless it is given.
+    library_key
+        Column of `adata.obs` that names the specimen of each cell; each specimen has a spatial field of its own.
+    groups
+        Columns of `adata.obs` with a random intercept per level.
+    offset
+        Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
+    trials
+        Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
+    priors
+        By name: `sd_lineage`, `sd_spatial`, `sd_<group>`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
+        `lambda_lineage`, `dispersion`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
+        ``("normal", sd)``, ``("uniform",)``, ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
+        standard deviation on link scale (times the response's own for gaussian).
+    reml
+        Integrate the fixed effects out under a wide prior; otherwise maximize over them.
+    method
+        ``"variational"`` (corrected, default), ``"laplace"`` or ``"ep"``.
+    engine, device, dtype
+        ``"auto"`` or ``"dense"``; ``"auto"``, ``"cpu"`` or ``"cuda"``; ``"float64"`` or ``"float32"``.
+    rng
+        Seed of the integration over hyperparameters.
+    key_added
+        Name of the slots that are written. An earlier fit of that name is replaced, anything else is refused.
+    copy
+        Return a copy and leave `adata` as it is.
+
+    Returns
+    -------
+    `None`, or the copy. Writes, once the fit is complete:
+
+    `adata.uns[key_added]`
+        `components` and `shares` (see :func:`cellfate.get.components`), `fixed_effects`, `draws`, `mode`, `free_energy` (at
+        the mode), `log_evidence`, `diagnostics` (status, k-hat, verdict, ...), `params`.
+    `adata.obsm[f"{key_added}_effects"]`
+        Data frame (n, 2 per component): posterior mean and sd of each component in each cell, link scale.
+
+    Raises
+    ------
+    DataError
+        Where the input breaks the data contract; the message names the key, what was found and what to do.
+
+    Examples
+    --------
+    >>> import cellfate as cf
+    >>> adata = cf.datasets.simulate(60, family="gaussian", rng=0)
+    >>> cf.tl.decompose(adata, "fate", family="gaussian", rng=0)
+    >>> list(cf.get.components(adata)["component"])
+    ['lineage', 'spatial', 'residual']
+    """
+    model = {"engine": engine, "device": device, "dtype": dtype, "method": method, "reml": reml, "priors": priors}
+    _check_kernels(lineage_kernel, spatial_kernel, lengthscale)
+    check_free(adata, key_added)
+    cells = read_cells(
+        adata,
+        fate,
+        family=family,
+        formula=formula,
+        lineage=lineage,
+        lineage_kernel=lineage_kernel,
+        spatial=spatial,
+        library_key=library_key,
+        groups=groups,
+        offset=offset,
+        trials=trials,
+    )
+    components = _components(cells, lineage_kernel, spatial_kernel, lengthscale)
+    glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
+    logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
+    fit = glmm.fit(
+        cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=fate, rng=rng
+    )
+    adata = adata.copy() if copy else adata
+    params = {
+        "fate": fate,
+        "family": family,
+        "link": glmm.family.link,
+        "formula": formula,
+        "lineage": _named(lineage),
+        "lineage_kernel": lineage_kernel if lineage is not None else None,
+        "spatial": _named(spatial),
+        "spatial_kernel": spatial_kernel if spatial is not None else None,
+        "lengthscale": lengthscale,
+        "library_key": library_key,
+        "groups": list(cells.groups),
+        "levels": cells.levels,
+        "n_cells": len(cells.names),
+        "n_specimens": len(cells.specimens),
+        "version": _version(),
+        **model,
+    }
+    write_results(adata, key_added, cells, fit, params)
+    return adata if copy else None
+
+
+def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> None:
+    for argument, name, known in (
+        ("lineage_kernel", lineage_kernel, LINEAGE_KERNELS),
+        ("spatial_kernel", spatial_kernel, SPATIAL_KERNELS),
+    ):
+        if name not in known:
+            if name in ("graph", "composition"):
+                raise NotImplementedError(f"spatial_kernel {name!r} is not there yet; use a kernel of positions, 'matern32'.")
+            raise DataError(f"unknown {argument} {name!r}; choose from {', '.join(known)}.")
+    if lengthscale is not None and not (
+        isinstance(lengthscale, int | float | np.number) and np.isfinite(lengthscale) and lengthscale > 0
+    ):
+        raise DataError(f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates.")
+
+
+def _components(
+    cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None
+) -> list[Component]:
+    out = []
+    if cells.forest is not None and cells.leaf is not None:
+        out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
+    if cells.coordinates is not None:
+        kernel = SPATIAL_KERNELS[spatial_kernel](cells.coordinates, cells.specimen, lengthscale)
+        out.append(Component("spatial", kernel))
+    out += [Component(name, Intercepts(codes)) for name, codes in cells.groups.items()]
+    return out
+
+
+def _named(value: Any) -> str | None:
+    return value if value is None or (isinstance(value, str) and len(value) < 200) else "given"
+
+
+def _version() -> str:
+    import cellfate
+
+    return cellfate.__version__
