@@ -59,6 +59,7 @@ def fit_sites(
     A step must raise the rule's objective; where it does not it is halved. Points leave the batch as they converge, so that the
     answer at a point does not depend on its company.
     """
+    tolerance = max(tolerance, 1e3 * torch.finfo(start.precision.dtype).eps)  # beyond it a float32 posterior is noise
     prior = engine.prepare(terms)
     points = start.precision.shape[0]
     device = start.precision.device
