@@ -42,11 +42,16 @@ def invert_lower(lower: Tensor, leaf: int = 128) -> Tensor:
 
 @dataclass
 class DensePrior:
-    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m)."""
+    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m).
+
+    `terms` and `units`: the components it was made of, with their covariances at variance 1 per stack.
+    """
 
     blocks: list[Tensor]
     columns: Tensor
     spectrum: Tensor
+    terms: tuple[Term, ...]
+    units: dict[str, list[Tensor]]
 
 
 class DenseEngine(Engine):
@@ -122,23 +127,19 @@ class DenseEngine(Engine):
         return torch.cat(phi, -1), torch.cat([s.expand(*batch, -1) for s in spectrum], -1)
 
     def prepare(self, terms: Sequence[Term]) -> DensePrior:
-        inside = [self.covariance(term) for term in terms if self._inside(term)]
-        if inside:
-            blocks = []
-            for parts in zip(*inside, strict=True):
-                total = parts[0]
-                for part in parts[1:]:
-                    total = total + part
-                blocks.append(total)
-        else:
-            blocks = [self.like.new_zeros(*stack.shape, stack.shape[1]) for stack in self.blocks.stacks]
-        return DensePrior(blocks, *self._shared(terms))
+        units = {term.name: self._unit(term) for term in terms if self._inside(term)}
+        blocks = [self.like.new_zeros(*stack.shape, stack.shape[1]) for stack in self.blocks.stacks]
+        for term in terms:
+            if term.name in units:
+                scale = term.variance[..., None, None, None]
+                blocks = [total + scale * k for total, k in zip(blocks, units[term.name], strict=True)]
+        return DensePrior(blocks, *self._shared(terms), tuple(terms), units)
 
     def select(self, prior: object, index: Tensor) -> DensePrior:
         assert isinstance(prior, DensePrior)
         blocks = [k[index] if k.ndim > 3 else k for k in prior.blocks]
         spectrum = prior.spectrum[index] if prior.spectrum.ndim > 1 else prior.spectrum
-        return DensePrior(blocks, prior.columns, spectrum)
+        return DensePrior(blocks, prior.columns, spectrum, (), {})
 
     def condition(self, terms: Sequence[Term], sites: Sites, prior: object | None = None) -> DensePosterior:
         prepared = self.prepare(terms) if prior is None else prior
@@ -153,17 +154,19 @@ class DenseEngine(Engine):
         matrices = 6 + 2 * len(self._kernels)  # alive at the widest moment, the gradient's temporaries included
         return float(self.blocks.entries * self.like.element_size() * matrices)
 
-    def factor(self, term: Term) -> list[Tensor]:
-        """Lower factors of the unit covariance, per stack, with :data:`JITTER` on the diagonal."""
-        if term.name in self._factors:
-            return self._factors[term.name]
+    def factor(self, name: str, unit: list[Tensor]) -> list[Tensor]:
+        """Lower factors of a unit covariance, per stack, with :data:`JITTER` on the diagonal."""
+        if name in self._factors:
+            return self._factors[name]
         out = []
-        for k in self._unit(term):
+        for k in unit:
             diagonal = k.diagonal(dim1=-2, dim2=-1)
             jitter = JITTER * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny) + (diagonal == 0)
-            out.append(torch.linalg.cholesky(k + torch.diag_embed(jitter.expand_as(diagonal))))
-        if term.name in self._constant:
-            self._factors[term.name] = out
+            raised = k.clone()
+            raised.diagonal(dim1=-2, dim2=-1).add_(jitter)
+            out.append(torch.linalg.cholesky(raised))
+        if name in self._constant:
+            self._factors[name] = out
         return out
 
 
@@ -290,14 +293,20 @@ class DensePosterior(Posterior):
         def cotangent(i: int) -> Tensor:
             w, v = self._root[i], vs[i]
             r = w * self._inverse[i] * w.mT
-            bar = -0.5 * (r - v @ v.mT) + 0.5 * bs[i] @ bs[i].mT
+            # low-rank parts as one product: each term of rank k would pass over the whole matrix
+            left, right = [bs[i], v], [0.5 * bs[i], 0.5 * v]
             if pairs is not None:
-                bar = bar + 0.5 * (pairs[i] @ bs[i].mT + bs[i] @ pairs[i].mT)
-            if weights is not None and inner is not None:
-                scaled = r * weights[i].mT
-                mixed = (scaled @ v) @ v.mT
-                bar = bar + scaled @ r - mixed - mixed.mT + v @ inner[..., None, :, :] @ v.mT
-            return bar
+                left += [pairs[i], bs[i]]
+                right += [0.5 * bs[i], 0.5 * pairs[i]]
+            if weights is None or inner is None:
+                return torch.cat(left, -1) @ torch.cat(right, -1).mT - 0.5 * r
+            scaled = r * weights[i].mT
+            mixed = scaled @ v
+            left += [mixed, v, v @ inner[..., None, :, :]]
+            right += [-v, -mixed, v]
+            bar = scaled @ r
+            del scaled
+            return bar.add_(torch.cat(left, -1) @ torch.cat(right, -1).mT).sub_(r, alpha=0.5)
 
         total: Tensor = b.new_zeros(())
         inside = [(term, engine._unit(term)) for term in terms if engine._inside(term)]
@@ -319,11 +328,16 @@ class DensePosterior(Posterior):
 
     # -- components ----------------------------------------------------------------------------------------------------
 
+    def _unit(self, term: Term) -> list[Tensor]:
+        """A component's covariance at variance 1; kept from the prior where the component is one of its own."""
+        if any(term is own for own in self.prior.terms):
+            return self.prior.units[term.name]
+        return self.engine._unit(term)
+
     def _term_times(self, term: Term, x: Tensor) -> Tensor:
         if self.engine._inside(term):
-            parts = self.engine.blocks.gather(x)
-            covariance = self.engine.covariance(term)
-            return self.engine.blocks.scatter([k @ part for k, part in zip(covariance, parts, strict=True)])
+            parts = zip(self._unit(term), self.engine.blocks.gather(x), strict=True)
+            return term.variance[..., None, None] * self.engine.blocks.scatter([k @ part for k, part in parts])
         assert isinstance(term.structure, Basis)
         phi, spectrum = term.structure.phi, term.variance[..., None] * term.structure.spectrum
         return phi @ (spectrum[..., None] * (phi.mT @ x))
@@ -338,7 +352,8 @@ class DensePosterior(Posterior):
             return ((phi @ covariance) * phi).sum(-1)
         out = []
         vs = self.engine.blocks.gather(self._v)
-        for k, w, lower, v in zip(self.engine.covariance(term), self._root, self._lower, vs, strict=True):
+        for unit, w, lower, v in zip(self._unit(term), self._root, self._lower, vs, strict=True):
+            k = term.variance[..., None, None, None] * unit
             within = k.diagonal(dim1=-2, dim2=-1) - ((k * w.mT) @ lower.mT).square().sum(-1)
             out.append((within + (k @ v).square().sum(-1))[..., None])
         return self.engine.blocks.scatter(out)[..., 0]
@@ -365,7 +380,7 @@ class DensePosterior(Posterior):
         for term in terms:
             if self.engine._inside(term) and not isinstance(term.structure, Basis):
                 parts = blocks.gather(normal(self.engine.n))
-                factors = self.engine.factor(term)
+                factors = self.engine.factor(term.name, self._unit(term))
                 unit = blocks.scatter([lower @ part for lower, part in zip(factors, parts, strict=True)])
                 drawn[term.name] = term.variance.sqrt()[..., None, None] * unit
             else:

@@ -24,15 +24,15 @@ from cellfate.inference.sites import Laplace, Likelihood, Rule
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
 
-LOOSE = 0.03  # of site updates where only the free energy counts: it is off by about the square
-INFLATE = 1.2  # of the proposal's scale
+LOOSE = 0.05  # of site updates where only the free energy counts: it is off by about the square
+INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
 CLOUD = 2**14  # draws weighted by the interpolant
 DRAWS = 4000  # equally weighted, kept
 FIELDS = 16  # draws of the fields at each point, for realized variances and the spread of effects
 LARGEST_K = 0.7
-LARGEST_ERROR = 0.25  # of the interpolant, in log density
+LARGEST_ERROR = 0.3  # of the interpolant, in log density
 ROUNDS = 3
 
 
@@ -100,9 +100,9 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
         return _summarize(model, points, np.ones(1), draws, (mode.free_energy, -np.inf, 0.0), rng)
-    count = 64 if d <= 3 else 128 if d <= 5 else 256
-    if d <= 5 and engine.points_at_once(MEMORY) >= MANY:
-        count *= 2  # where points are cheap
+    count = 48 if d <= 3 else 96 if d <= 5 else 192
+    if engine.points_at_once(MEMORY) >= MANY:
+        count = min(2 * count, 256)  # where points are cheap
     fill = int(FILL * count)
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
@@ -114,28 +114,26 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         counts.append(len(u))
         parts.append(_evaluate(model, engine, rule, mode, u, rng))
         points = _Points.join(parts)
-        log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf)
-        log_weight, k = pareto_smooth(log_ratio)
-        if k <= LARGEST_K:
+        cloud = _Cloud(model, mode, proposals, counts, rng)
+        if not cloud.fit(points) or cloud.pareto_k <= LARGEST_K:
             break
-        # the proposal was off: move it to where the weight is
-        weight = np.exp(log_weight)
-        location = weight @ points.u
-        centered = points.u - location
-        scale = np.linalg.cholesky((centered * weight[:, None]).T @ centered + 1e-2 * scale @ scale.T)
+        location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
-    cloud = _Cloud(model, mode, proposals, counts, rng)
-    if cloud.fit(points):
+    drawn = points
+    for _ in range(ROUNDS if np.isfinite(cloud.error) else 0):
         parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill), rng))
-        points_filled = _Points.join(parts)
-        if cloud.fit(points_filled) and cloud.error <= LARGEST_ERROR:
-            draws = cloud.draws(rng)
-            return _summarize(model, points_filled, cloud.mass(), draws, (cloud.log_evidence, k, cloud.error), rng)
-    weight = np.exp(log_weight)
-    chosen = systematic(weight, DRAWS, rng)[rng.permutation(DRAWS)]
+        points = _Points.join(parts)
+        cloud.fit(points)
+        if cloud.error <= LARGEST_ERROR:
+            diagnostics = (cloud.log_evidence, cloud.pareto_k, cloud.error)
+            return _summarize(model, points, cloud.mass, cloud.draws(rng), diagnostics, rng)
+    points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
+    log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf)
+    log_weight, k = pareto_smooth(log_ratio)
+    chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
     draws = _with_beta(points.u[chosen], points.beta[chosen], points.beta_factor[chosen], rng)
     log_evidence = float(logsumexp(log_ratio) - np.log(len(log_ratio)))
-    return _summarize(model, points, weight, draws, (log_evidence, k, cloud.error), rng)
+    return _summarize(model, points, np.exp(log_weight), draws, (log_evidence, k, cloud.error), rng)
 
 
 class _Cloud:
@@ -155,7 +153,7 @@ class _Cloud:
         # neighbors in space are neighbors in order, so that systematic resampling spreads over the space
         self._u = u[KDTree(self._whiten(u), leafsize=1).indices]
         self._z = self._whiten(self._u)
-        self.error, self.log_evidence = np.inf, np.nan
+        self.error, self.log_evidence, self.pareto_k = np.inf, np.nan, np.inf
 
     def _whiten(self, u: np.ndarray) -> np.ndarray:
         return np.linalg.solve(self._scale, (u - self._centre).T).T
@@ -174,12 +172,20 @@ class _Cloud:
         # where it extrapolates, the ratio is not trusted to be much above what was seen
         log_weight = np.minimum(self._found[:, 0], log_ratio[good].max() + 1.0)
         self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
-        self._weight = np.exp(log_weight - logsumexp(log_weight))
+        smoothed, self.pareto_k = pareto_smooth(log_weight)
+        self._weight = np.exp(smoothed)
         self._distance, nearest = KDTree(z).query(self._z)
-        self._mass = np.zeros(len(good))
-        self._mass[good] = np.bincount(nearest, self._weight, minlength=int(good.sum()))
-        self.error = surface.error(self._mass[good])
+        self.mass = np.zeros(len(good))  # posterior mass nearest to each evaluated point
+        self.mass[good] = np.bincount(nearest, self._weight, minlength=int(good.sum()))
+        self.error = surface.error(self.mass[good])
         return True
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (d,) and lower factor of the covariance (d, d)."""
+        mean = self._weight @ self._u
+        centered = self._u - mean
+        covariance = (centered * self._weight[:, None]).T @ centered
+        return mean, np.linalg.cholesky(covariance + 1e-2 * self._scale @ self._scale.T)
 
     def gaps(self, count: int) -> np.ndarray:
         """Points (count, d) that are far from every evaluated one, weighed by what they would contribute."""
@@ -191,10 +197,6 @@ class _Cloud:
             chosen.append(u[i])
             distance = np.minimum(distance, np.linalg.norm(z - z[i], axis=1))
         return np.array(chosen)
-
-    def mass(self) -> np.ndarray:
-        """Posterior mass nearest to each evaluated point."""
-        return self._mass
 
     def draws(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Equally weighted draws of hyperparameters (DRAWS, d) and fixed effects (DRAWS, p)."""

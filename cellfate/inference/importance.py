@@ -10,7 +10,7 @@ from scipy.interpolate import RBFInterpolator
 from scipy.special import gammaln, logsumexp
 from scipy.stats import chi2, norm, qmc
 
-DEGREES = 7.0  # of the Student-t proposal
+DEGREES = 5.0  # of the Student-t proposal
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-9, iterations: int = 60) -> Tensor:
+def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-7, iterations: int = 60) -> Tensor:
     """Solve `apply(x) = b` for rows b (points, n), each to relative residual `rtol`, without restarts (Saad & Schultz 1986)."""
     scale = b.norm(dim=-1)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
+from cellfate.engines.dense import DenseEngine
 from cellfate.inference.free_energy import Evaluation, evaluate, evaluate_with_gradient
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
 MEMORY = 6e8  # bytes for the matrices of a batch of hyperparameter points
-TIGHT = 1e-5  # of site updates where derivatives are taken
+TIGHT = 1e-4  # of site updates where derivatives are taken
 COARSE = 1e-3  # the same, far from the mode
-CONVERGED_GAIN = 1e-7  # nats that another step would bring
+CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
+FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on every THIN-th cell
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
 
 
@@ -57,37 +60,72 @@ def repeat(sites: Sites, points: int) -> Sites:
     return Sites(sites.precision.expand(points, -1), sites.shift.expand(points, -1))
 
 
-def _starts(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
+def _best_start(model: Model, engine: Engine, rule: Rule, first: Tensor) -> tuple[Tensor, Sites]:
     """The best of a few values of each kernel hyperparameter: the likelihood can have a mode in each of several length-scales."""
-    start = model.start()
-    points = [start]
+    points = [first]
     for i, parameter in enumerate(model.parameters):
         if parameter.shapes_kernel:
             low, high = parameter.bounds
             for share in SHAPES:
-                points.append(start.clone())
+                points.append(first.clone())
                 points[-1][i] = low + share * (high - low)
     best: tuple[float, Tensor, Sites] | None = None
     for part in torch.stack(points).split(engine.points_at_once(MEMORY)):
-        here = evaluate(model, engine, model.theta(part), rule, tolerance=1e-2)
+        here = evaluate(model, engine, model.theta(part), rule, tolerance=0.1)
         value = (here.free_energy + model.log_prior(part)).nan_to_num(nan=-torch.inf)
         i = int(value.argmax())
         if best is None or float(value[i]) > best[0]:
-            best = (float(value[i]), part[i], here.fit.sites[torch.tensor([i])])
+            best = (float(value[i]), part[i], here.fit.sites[torch.tensor([i], device=part.device)])
     assert best is not None
     return best[1], best[2]
 
 
-def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
-    """Ascend free energy plus log prior: BFGS from an average-information matrix, each point warm-started from the last."""
-    u, sites = _starts(model, engine, rule)
-    d, count = len(u), 1
-    unit = torch.tensor([p.start if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
-    low, high = (torch.tensor(b).to(u) for b in zip(*(p.bounds for p in model.parameters), strict=True)) if d else (u, u)
-    converged, message, tolerance = not d, "no hyperparameter to estimate" if not d else "too many steps", COARSE
+def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
+    """Where to begin. Where a point is dear, the mode of every k-th cell is found first, at a k-th of the size."""
+    if engine.points_at_once(MEMORY) >= FEW or not len(model.parameters):
+        return _best_start(model, engine, rule, model.start())
+    every = np.arange(0, model.data.n, THIN)
+    thin = model.at(every)
+    small = DenseEngine(thin.components, len(every), device=model.data.offset.device, dtype=model.data.offset.dtype)
+    u = _ascend(thin, small, rule, *_start(thin, small, rule)).u
+    low, high = _bounds(model, u)
+    u = torch.minimum(torch.maximum(u, low), high)
+    # a component that the thinned cells do not show must be able to come back: at zero its gradient is zero
+    floor = torch.tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters]).to(u)
+    u = torch.maximum(u, floor)
+    return u, evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
+
+
+def _bounds(model: Model, u: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = zip(*(p.bounds for p in model.parameters), strict=True)
+    return torch.tensor(low).to(u), torch.tensor(high).to(u)
+
+
+def _unit(model: Model, u: Tensor) -> Tensor:
+    """The natural step of each coordinate (d,)."""
+    return torch.tensor([p.start if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
+
+
+@dataclass(frozen=True)
+class _Ascent:
+    u: Tensor
+    sites: Sites
+    gradient: Tensor
+    evaluations: int
+    converged: bool
+    message: str
+
+
+def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -> _Ascent:
+    """BFGS from an average-information matrix, each point warm-started from the last."""
+    unit, count, tolerance = _unit(model, u), 1, COARSE
+    low, high = _bounds(model, u)
+    converged, message = False, "too many steps"
     here, value, gradient = log_posterior(model, engine, u[None], rule, start=sites, tolerance=tolerance)
     curvature = _average_information(model, here, u) * unit * unit[:, None]  # from here on in units
-    for _ in range(MAX_STEPS if d else 0):
+    sites = here.fit.sites
+    del here  # its matrices are as large as those of the next point
+    for _ in range(MAX_STEPS):
         slope = gradient[0] * unit
         free = ~((u <= low) & (slope < 0) | (u >= high) & (slope > 0))
         step = torch.zeros_like(u)
@@ -101,8 +139,10 @@ def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
         for _ in range(MAX_HALVINGS):
             point = torch.minimum(torch.maximum(u + unit * step, low), high)
             there, its_value, its_gradient = log_posterior(
-                model, engine, point[None], rule, start=here.fit.sites, tolerance=tolerance
+                model, engine, point[None], rule, start=sites, tolerance=tolerance
             )
+            its_sites = there.fit.sites
+            del there
             count += 1
             expected = float(slope @ ((point - u) / unit))
             finite = bool(its_value.isfinite()) and bool(its_gradient.isfinite().all())
@@ -114,15 +154,29 @@ def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
             converged, message = gain < 1e-3, "no step raises the free energy any further"
             break
         curvature = _bfgs(curvature, (point - u) / unit, slope - its_gradient[0] * unit)
-        u, here, value, gradient = point, there, its_value, its_gradient
-    u = torch.where(torch.tensor([p.scale == "sd" for p in model.parameters], device=u.device, dtype=torch.bool), u.abs(), u)
-    final = evaluate(model, engine, model.theta(u[None]), rule, start=here.fit.sites, tolerance=TIGHT / 10)
-    at_bound = tuple(
-        p.name
-        for p, x, a, b in zip(model.parameters, u, low, high, strict=True)
-        if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
+        u, sites, value, gradient = point, its_sites, its_value, its_gradient
+    folded = torch.tensor([p.scale == "sd" for p in model.parameters], device=u.device) & (u < 0)
+    return _Ascent(
+        torch.where(folded, -u, u), sites, torch.where(folded, -gradient[0], gradient[0]), count, converged, message
     )
-    hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final.fit.sites, unit)
+
+
+def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
+    """Maximize free energy plus log prior, and differentiate twice there."""
+    u, sites = _start(model, engine, rule)
+    at_bound: tuple[str, ...] = ()
+    count, converged, message = 1, True, "no hyperparameter to estimate"
+    gradient = u
+    if len(u):
+        found = _ascend(model, engine, rule, u, sites)
+        u, gradient, sites = found.u, found.gradient, found.sites
+        count, converged, message = found.evaluations, found.converged, found.message
+        bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
+        at_bound = tuple(
+            p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
+        )
+    final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
+    hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient)
     return Mode(
         u=u,
         free_energy=float(final.free_energy),
@@ -159,7 +213,7 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
     """
     d, b = len(u), here.posterior.weights
     floor = torch.tensor([0.5 if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
-    unit = torch.tensor([p.start if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
+    unit = _unit(model, u)
     columns = u.new_zeros(here.posterior.mean.shape[-1], d)
     half = u.new_full((d,), 0.5)
     offsets = 1e-4 * torch.diag(unit)
@@ -181,20 +235,19 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
 
 
 def _derivatives(
-    model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, unit: Tensor
+    model: Model, engine: Engine, rule: Rule, u: Tensor, here: Evaluation, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative Hessian of the log posterior and slopes of the posterior moments, by central differences as one batch."""
+    """Negative Hessian of the log posterior and slopes of the posterior moments, by forward differences as one batch."""
     d, n = len(u), model.data.n
-    step = 0.02 * unit
-    offsets = torch.diag(step)
-    points = torch.cat([u + offsets, u - offsets])
+    step = 0.02 * _unit(model, u)
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
-    for part in points.split(engine.points_at_once(MEMORY)) if d else ():
-        start = repeat(sites, len(part))
-        here, _, gradient = log_posterior(model, engine, part, rule, start=start, tolerance=TIGHT)
-        gradients.append(gradient)
-        means.append(here.posterior.mean)
-        variances.append(here.posterior.variance.log())
-    g, m, v = (torch.cat(x) for x in (gradients, means, variances))
-    g, m, v = ((x[:d] - x[d:]) / (2 * step[:, None]) for x in (g, m, v))
+    for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():
+        start = repeat(here.fit.sites, len(part))
+        there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
+        gradients.append(slope)
+        means.append(there.posterior.mean)
+        variances.append(there.posterior.variance.log())
+    g = (torch.cat(gradients) - gradient) / step[:, None]
+    m = (torch.cat(means) - here.posterior.mean) / step[:, None]
+    v = (torch.cat(variances) - here.posterior.variance.log()) / step[:, None]
     return -(g + g.mT) / 2, m, v

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Posterior, Sites
-from cellfate.inference.sites import Likelihood, Rule
+from cellfate.inference.sites import Likelihood, Rule, Update
 from cellfate.kernels.base import Term
 
 SMALLEST_STEP = 1e-4
@@ -71,11 +71,16 @@ def fit_sites(
         whole = len(index) == points
         return engine.condition(terms, at, prior if whole else engine.select(prior, index))
 
-    now = start
-    posterior = condition(active, now)
+    posterior = condition(active, start)
     state = rule.update(likelihood, posterior)
-    mean, variance = posterior.mean, posterior.variance
-    step = torch.full((points,), rule.first_step, dtype=mean.dtype, device=device)
+    settled = _about_to_move(posterior, state.target) < tolerance
+    status[settled] = int(Status.CONVERGED)
+    if bool(settled.all()):
+        return Fit(start, posterior, status, updates)
+    active = active[~settled]
+    now, mean, variance = start[active], posterior.mean[active], posterior.variance[active]
+    state = Update(state.target[active], state.objective[active])
+    step = torch.full_like(state.objective, rule.first_step)
     last = torch.full_like(step, torch.inf)
     for _ in range(max_updates):
         proposal = now.toward(state.target, step)
@@ -108,13 +113,20 @@ def fit_sites(
         status[active[lost]] = int(Status.FAILED)
         sites = _put(sites, active, now)
         going = ~(done | stalled)
-        state = type(state)(target[going], objective[going])
+        state = Update(target[going], objective[going])
         if not bool(going.any()):
             whole = len(active) == points and bool(accepted.all())
             return Fit(sites, posterior if whole else condition(torch.arange(points, device=device), sites), status, updates)
         active, now, step, last = active[going], now[going], step_next[going], last[going]
         mean, variance = mean[going], variance[going]
     return Fit(sites, condition(torch.arange(points, device=device), sites), status, updates)
+
+
+def _about_to_move(posterior: Posterior, target: Sites) -> Tensor:
+    """About how far (points,) the next update will take means, in posterior sds, and precisions, without doing it."""
+    pull = target.shift - target.precision * posterior.mean - posterior.weights
+    mean = (posterior.smooth(pull[..., None])[..., 0].abs() / posterior.variance.sqrt()).amax(-1)
+    return torch.maximum(mean, ((target.precision - posterior.sites.precision).abs() * posterior.variance).amax(-1))
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:

@@ -70,6 +70,10 @@ class Kernel(ABC):
         """Label (n,) of the independent set that each cell belongs to; None where the kernel does not say."""
         return None
 
+    @abstractmethod
+    def at(self, cells: np.ndarray) -> Kernel:
+        """The same kernel over some of the cells."""
+
     @property
     def expected_variance(self) -> float:
         """c(K) of the kernel as it enters the model: what a variance of 1 contributes among these cells."""
@@ -134,6 +138,10 @@ class Given(Kernel):
 
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
         return _Entries(self.matrix.to(like))
+
+    def at(self, cells: np.ndarray) -> Given:
+        index = torch.as_tensor(cells)
+        return Given(self.matrix[index[:, None], index], self.normalized)
 
     def geometry(self, cells: Tensor) -> tuple[Tensor, int]:
         return cells, self.n

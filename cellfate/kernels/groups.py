@@ -33,6 +33,9 @@ class Intercepts(Kernel):
         total = float((np.bincount(self.codes).astype(float) ** 2).sum())
         return (self.n - total / self.n) / max(self.n - 1, 1)
 
+    def at(self, cells: np.ndarray) -> Intercepts:
+        return Intercepts(np.unique(self.codes[cells], return_inverse=True)[1])
+
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Basis:
         phi = self._phi.to(like)
         return Basis(phi, phi.new_ones(phi.shape[1]))

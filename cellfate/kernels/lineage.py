@@ -6,7 +6,7 @@ follows from those, because the field is Markov on the tree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -98,6 +98,9 @@ class LineageKernel(Kernel):
         ancestor = torch.stack([torch.as_tensor(self.forest.mrca(row)) for row in leaf.cpu().numpy()]).to(device)
         related = mask_padding((ancestor >= 0).to(self._length.dtype), cells, self.n)
         return TreeGeometry(leaf, ancestor.clamp(min=0), related)
+
+    def at(self, cells: np.ndarray) -> LineageKernel:
+        return replace(self, leaf=self.leaf[cells])
 
     def independent(self) -> np.ndarray:
         return self.forest.tree[self.leaf]

@@ -18,10 +18,10 @@ from cellfate.kernels.base import Dense, Hyperparameter, Kernel, Structure, mask
 
 @dataclass(frozen=True)
 class FieldGeometry:
-    """Distances (blocks, s, s) and whether two cells are in one specimen, 1 or 0."""
+    """Distances (blocks, s, s) and whether two cells are in one specimen, 1 or 0; None where all are."""
 
     distance: Tensor
-    together: Tensor
+    together: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Stationary(Dense):
 
     def dense(self, geometry: FieldGeometry) -> Tensor:
         ratio = geometry.distance / self.lengthscale[..., None, None, None]
-        return self.kernel.correlation(ratio) * geometry.together
+        correlation = self.kernel.correlation(ratio)
+        return correlation if geometry.together is None else correlation * geometry.together
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,11 @@ class SpatialKernel(Kernel):
         distance = torch.cdist(xyz, xyz, compute_mode="donot_use_mm_for_euclid_dist")
         codes = torch.as_tensor(self._codes, device=cells.device)[inside]
         together = (codes[:, :, None] == codes[:, None, :]).to(xyz.dtype)
-        return FieldGeometry(distance, mask_padding(together, cells, self.n))
+        together = mask_padding(together, cells, self.n)
+        return FieldGeometry(distance, None if bool(together.all()) else together)
+
+    def at(self, cells: np.ndarray) -> SpatialKernel:
+        return type(self)(self.coordinates[cells], self._codes[cells], self.lengthscale)
 
     def independent(self) -> np.ndarray:
         return self._codes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,12 @@ class Data:
     @property
     def n(self) -> int:
         return self.offset.shape[0]
+
+    def at(self, cells: np.ndarray) -> Data:
+        """The same for some of the cells."""
+        index = torch.as_tensor(cells, device=self.offset.device)
+        trials = None if self.outcome.trials is None else self.outcome.trials[index]
+        return Data(Outcome(self.outcome.y[index], trials), self.design[index], self.terms, self.offset[index])
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ class Model:
         for component in self.components:
             if component.kernel.n != self.data.n:
                 raise DataError(f"component {component.name!r} is over {component.kernel.n} cells, not {self.data.n}.")
+
+    def at(self, cells: np.ndarray) -> Model:
+        """The same model of some of the cells."""
+        components = [Component(c.name, c.kernel.at(cells)) for c in self.components]
+        return replace(self, components=components, data=self.data.at(cells))
 
     def _known(self) -> list[str]:
         names = [f"sd_{c.name}" for c in self.components]
