@@ -38,9 +38,7 @@ class Sites:
     def where(self, keep: Tensor, other: Sites) -> Sites:
         """These sites where `keep` (...,), the others elsewhere."""
         keep = keep[..., None]
-        return Sites(
-            torch.where(keep, self.precision, other.precision), torch.where(keep, self.shift, other.shift)
-        )
+        return Sites(torch.where(keep, self.precision, other.precision), torch.where(keep, self.shift, other.shift))
 
     def __getitem__(self, index: Tensor) -> Sites:
         return Sites(self.precision[index], self.shift[index])
@@ -78,7 +76,7 @@ class Posterior(ABC):
     def surrogate(self, terms: Sequence[Term], pair: Tensor | None = None, omega: Tensor | None = None) -> Tensor:
         """A scalar (...,) whose derivative in the hyperparameters behind `terms` is
 
-            1/2 b' dK b - 1/2 tr(R dK) + pair' dK b + tr(R diag(omega) R dK),    b = K^-1 mean.
+        1/2 b' dK b - 1/2 tr(R dK) + pair' dK b + tr(R diag(omega) R dK),    b = K^-1 mean.
         """
 
     @abstractmethod

@@ -171,6 +171,8 @@ class DenseEngine(Engine):
 
 
 class DensePosterior(Posterior):
+    """Everything asked of it comes from one inverse Cholesky factor per block and two tall matrices."""
+
     def __init__(self, engine: DenseEngine, prior: DensePrior, sites: Sites) -> None:
         self.engine, self.prior, self.sites = engine, prior, sites
         blocks = engine.blocks
@@ -390,6 +392,8 @@ class DensePosterior(Posterior):
                 drawn[term.name] = term.structure.phi @ (spectrum.sqrt()[..., None] * z)
         u = sum(drawn.values(), start=self.mean.new_zeros(()))
         xi = normal(self.engine.n)
-        noise = self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ part)), xi) - self._v @ (self._whitened.mT @ xi)
+        noise = self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ part)), xi) - self._v @ (
+            self._whitened.mT @ xi
+        )
         correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - noise
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}

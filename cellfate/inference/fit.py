@@ -236,9 +236,7 @@ def _fixed_effects(model: Model, posterior: Hyperposterior) -> dict[str, list]:
     return {"term": list(model.data.terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
 
 
-def _diagnose(
-    model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def _diagnose(model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What should be known about the answer; each doubt is one warning and is kept."""
     doubts = []
     if not mode.converged:

@@ -35,6 +35,7 @@ class Evaluation:
 
 
 def likelihood_at(model: Model, theta: Theta) -> Likelihood:
+    """The model's likelihood at a batch of points."""
     return Likelihood(model.family, model.data.outcome, model.shift(theta), model.phi(theta))
 
 

@@ -108,14 +108,14 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     proposals: list[FoldedT] = []
     parts: list[_Points] = []
     counts: list[int] = []
-    for _ in range(ROUNDS):
+    while True:
         proposals.append(FoldedT(location, INFLATE * scale, folded))
         u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))[: count - fill]
         counts.append(len(u))
         parts.append(_evaluate(model, engine, rule, mode, u, rng))
         points = _Points.join(parts)
         cloud = _Cloud(model, mode, proposals, counts, rng)
-        if not cloud.fit(points) or cloud.pareto_k <= LARGEST_K:
+        if not cloud.fit(points) or cloud.pareto_k <= LARGEST_K or len(proposals) == ROUNDS:
             break
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
@@ -231,9 +231,7 @@ def _factor(model: Model, mode: Mode) -> np.ndarray:
 
 
 @torch.no_grad()
-def _evaluate(
-    model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarray, rng: np.random.Generator
-) -> _Points:
+def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarray, rng: np.random.Generator) -> _Points:
     """Free energy and summaries at points u (points, d), as many at once as memory allows."""
     at = torch.as_tensor(u, dtype=mode.u.dtype, device=mode.u.device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in rng.integers(2**62, size=len(u))]

@@ -57,6 +57,7 @@ def log_posterior(
 
 
 def repeat(sites: Sites, points: int) -> Sites:
+    """The same sites at each of several points."""
     return Sites(sites.precision.expand(points, -1), sites.shift.expand(points, -1))
 
 

@@ -73,7 +73,9 @@ class Rule(ABC):
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor: ...
 
     @abstractmethod
-    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def parameter_part(
+        self, likelihood: Likelihood, posterior: Posterior
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A scalar (points,) with the derivative in the likelihood's own parameters; `pair` and `omega` of the surrogate."""
 
 
@@ -95,7 +97,9 @@ class Laplace(Rule):
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         return self.update(likelihood, posterior).objective - 0.5 * posterior.log_det
 
-    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def parameter_part(
+        self, likelihood: Likelihood, posterior: Posterior
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         m = posterior.mean.detach().requires_grad_(True)
         held = likelihood.detach()
         with torch.enable_grad():
@@ -125,7 +129,9 @@ class Variational(Rule):
         correction = likelihood.correction(posterior.mean, posterior.variance)
         return (e.value + correction).sum(-1) - divergence(posterior)
 
-    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def parameter_part(
+        self, likelihood: Likelihood, posterior: Posterior
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
         held = likelihood.detach()
         with torch.enable_grad():
@@ -193,7 +199,9 @@ class ExpectationPropagation(Rule):
         prior = 0.5 * (posterior.sites.shift * posterior.mean).sum(-1) - 0.5 * posterior.log_det
         return prior + (log_z - gaussian).sum(-1)
 
-    def parameter_part(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def parameter_part(
+        self, likelihood: Likelihood, posterior: Posterior
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._tilted(likelihood, posterior)[0].sum(-1), None, None
 
 

@@ -116,7 +116,9 @@ def fit_sites(
         state = Update(target[going], objective[going])
         if not bool(going.any()):
             whole = len(active) == points and bool(accepted.all())
-            return Fit(sites, posterior if whole else condition(torch.arange(points, device=device), sites), status, updates)
+            return Fit(
+                sites, posterior if whole else condition(torch.arange(points, device=device), sites), status, updates
+            )
         active, now, step, last = active[going], now[going], step_next[going], last[going]
         mean, variance = mean[going], variance[going]
     return Fit(sites, condition(torch.arange(points, device=device), sites), status, updates)
@@ -130,6 +132,4 @@ def _about_to_move(posterior: Posterior, target: Sites) -> Tensor:
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:
-    return Sites(
-        sites.precision.index_copy(0, index, values.precision), sites.shift.index_copy(0, index, values.shift)
-    )
+    return Sites(sites.precision.index_copy(0, index, values.precision), sites.shift.index_copy(0, index, values.shift))

@@ -31,11 +31,11 @@ class Hyperparameter:
     fixed: float | None = None
 
 
-class Structure(ABC):
+class Structure:
     """A covariance at given hyperparameters, leading dimensions are a batch."""
 
 
-class Dense(Structure):
+class Dense(Structure, ABC):
     """A covariance known entry by entry."""
 
     @abstractmethod

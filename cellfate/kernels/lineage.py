@@ -132,7 +132,9 @@ class OrnsteinUhlenbeck(LineageKernel):
         parent = self._parent.to(like.device)
         # beyond 80 e-folds the past is gone in any dtype, and the logarithm of the gain stays finite
         x = (values["alpha"].to(like)[..., None] * self._length.to(like)).clamp(max=80.0)
-        noise = torch.where(parent < 0, torch.ones_like(x), -torch.expm1(-2 * x))  # 1 - exp(-2x) cancels on short branches
+        noise = torch.where(
+            parent < 0, torch.ones_like(x), -torch.expm1(-2 * x)
+        )  # 1 - exp(-2x) cancels on short branches
         return TreeSteps(parent, torch.exp(-x), noise)
 
 
@@ -154,7 +156,9 @@ class Pagel(LineageKernel):
         length = self._length.to(like)
         is_leaf = torch.as_tensor(self.forest.is_leaf, device=like.device)
         above = torch.as_tensor(self.forest.depth).to(like) - length  # path above the last branch
-        return TreeSteps(self._parent.to(like.device), None, torch.where(is_leaf, length + (1 - lam) * above, lam * length))
+        return TreeSteps(
+            self._parent.to(like.device), None, torch.where(is_leaf, length + (1 - lam) * above, lam * length)
+        )
 
 
 @dataclass(frozen=True, eq=False)

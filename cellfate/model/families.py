@@ -50,7 +50,9 @@ def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
 def quadrature(like: Tensor, nodes: int = QUADRATURE_NODES) -> tuple[Tensor, Tensor]:
     """Nodes and weights (nodes,) of the standard normal in the dtype and on the device of `like`."""
     x, w = _hermite(nodes)
-    return torch.as_tensor(x, dtype=like.dtype, device=like.device), torch.as_tensor(w, dtype=like.dtype, device=like.device)
+    return torch.as_tensor(x, dtype=like.dtype, device=like.device), torch.as_tensor(
+        w, dtype=like.dtype, device=like.device
+    )
 
 
 class Family(ABC):

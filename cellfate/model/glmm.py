@@ -105,7 +105,9 @@ class Model:
         spread = torch.where(constant, x.abs().amax(0), x.std(0, correction=0)).clamp(min=1e-300)
         # a constant column also has to carry the mean of the response and those of the covariates
         level = abs(float(self.data.outcome.y.mean())) if self.family.name == "gaussian" else 0.0
-        level += self.response_scale * float(torch.where(constant, torch.zeros_like(spread), x.mean(0).abs() / spread).sum())
+        level += self.response_scale * float(
+            torch.where(constant, torch.zeros_like(spread), x.mean(0).abs() / spread).sum()
+        )
         return WIDE * (self.response_scale + torch.where(constant, level, 0.0)) / spread
 
     @cached_property
@@ -125,7 +127,9 @@ class Model:
                 if hyper.fixed is None:
                     out += self._hyperparameter(f"{hyper.name}_{component.name}", hyper)
         if not self.reml:
-            out += [Parameter(f"beta[{term}]", "real", self._beta_prior(i), 0.0) for i, term in enumerate(self.data.terms)]
+            out += [
+                Parameter(f"beta[{term}]", "real", self._beta_prior(i), 0.0) for i, term in enumerate(self.data.terms)
+            ]
         return tuple(out)
 
     def _beta_prior(self, i: int) -> Prior:
@@ -153,7 +157,10 @@ class Model:
     def _fixed(self) -> dict[str, float]:
         """Hyperparameters that are held, by name."""
         held = {
-            f"{h.name}_{c.name}": h.fixed for c in self.components for h in c.kernel.hyperparameters if h.fixed is not None
+            f"{h.name}_{c.name}": h.fixed
+            for c in self.components
+            for h in c.kernel.hyperparameters
+            if h.fixed is not None
         }
         for name, spec in self.priors.items():
             prior = parse_prior(name, spec)
@@ -175,7 +182,9 @@ class Model:
     def from_natural(self, values: Mapping[str, object]) -> tuple[Theta, int]:
         """Parameters by natural name at one or several points, as :meth:`cellfate.GLMM.evaluate` takes them."""
         like = self.data.offset
-        given = {k: torch.atleast_1d(torch.as_tensor(np.asarray(v, dtype=np.float64))).to(like) for k, v in values.items()}
+        given = {
+            k: torch.atleast_1d(torch.as_tensor(np.asarray(v, dtype=np.float64))).to(like) for k, v in values.items()
+        }
         beta = given.pop("beta", None)
         for name in list(given):
             if name.startswith("variance_"):
@@ -183,7 +192,9 @@ class Model:
         needed = [name for name in self._known() if name not in self._fixed]
         missing, unknown = sorted(set(needed) - set(given)), sorted(set(given) - set(self._known()))
         if missing or unknown:
-            raise DataError(f"theta lacks {missing} and has unknown {unknown}; variances may be given as 'variance_<name>'.")
+            raise DataError(
+                f"theta lacks {missing} and has unknown {unknown}; variances may be given as 'variance_<name>'."
+            )
         points = max((v.shape[0] for v in given.values()), default=1)
         full = {name: like.new_full((points,), value) for name, value in self._fixed.items()}
         full |= {name: v.expand(points) for name, v in given.items()}

@@ -38,6 +38,8 @@ class BinaryLink(ABC):
 
 
 class Logit(BinaryLink):
+    """Logistic threshold."""
+
     name = "logit"
     distribution_variance = math.pi**2 / 3
 
@@ -59,6 +61,8 @@ class Logit(BinaryLink):
 
 
 class Probit(BinaryLink):
+    """Normal threshold."""
+
     name = "probit"
     distribution_variance = 1.0
 
@@ -85,6 +89,8 @@ class Probit(BinaryLink):
 
 
 class Cloglog(BinaryLink):
+    """Extreme-value threshold: at least one event of a Poisson process with log rate eta."""
+
     name = "cloglog"
     distribution_variance = math.pi**2 / 6
 

@@ -25,6 +25,8 @@ class Prior(ABC):
 
 @dataclass(frozen=True)
 class HalfNormal(Prior):
+    """Normal about zero, folded to the positive half."""
+
     scale: float
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -33,6 +35,8 @@ class HalfNormal(Prior):
 
 @dataclass(frozen=True)
 class LogNormal(Prior):
+    """Normal on the log scale, `sd` in e-folds."""
+
     median: float
     sd: float
 
@@ -43,6 +47,8 @@ class LogNormal(Prior):
 
 @dataclass(frozen=True)
 class Normal(Prior):
+    """Normal about zero, for fixed effects."""
+
     sd: float
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -70,7 +76,12 @@ def parse_prior(name: str, spec: object) -> Prior | float:
     if isinstance(spec, Prior):
         return spec
     kind, *arguments = (spec,) if isinstance(spec, str) else tuple(spec)  # type: ignore[arg-type]
-    known = {"half_normal": (HalfNormal, 1), "lognormal": (LogNormal, 2), "normal": (Normal, 1), "uniform": (Uniform, 0)}
+    known = {
+        "half_normal": (HalfNormal, 1),
+        "lognormal": (LogNormal, 2),
+        "normal": (Normal, 1),
+        "uniform": (Uniform, 0),
+    }
     try:
         values = [float(a) for a in arguments]
     except (TypeError, ValueError):

@@ -176,7 +176,9 @@ def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float 
     ):
         if name not in known:
             if name in ("graph", "composition"):
-                raise NotImplementedError(f"spatial_kernel {name!r} is not there yet; use a kernel of positions, 'matern32'.")
+                raise NotImplementedError(
+                    f"spatial_kernel {name!r} is not there yet; use a kernel of positions, 'matern32'."
+                )
             raise DataError(f"unknown {argument} {name!r}; choose from {', '.join(known)}.")
     if lengthscale is not None and not (
         isinstance(lengthscale, int | float | np.number) and np.isfinite(lengthscale) and lengthscale > 0
@@ -184,9 +186,7 @@ def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float 
         raise DataError(f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates.")
 
 
-def _components(
-    cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None
-) -> list[Component]:
+def _components(cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> list[Component]:
     out = []
     if cells.forest is not None and cells.leaf is not None:
         out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
