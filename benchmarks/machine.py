@@ -1,0 +1,60 @@
+"""What every row of a benchmark has to say: on which machine, with which versions; and where results go."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import cellfate as cf
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def machine() -> dict[str, str]:
+    """Hardware and versions."""
+    return {
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": version("torch").split("+")[0],
+        "numpy": np.__version__,
+        "cellfate": cf.__version__,
+    }
+
+
+def table(rows: Sequence[Mapping[str, object]], digits: int = 3) -> str:
+    """Rows as text; what a row does not have stays empty."""
+    frame = pd.DataFrame(rows)
+    return frame.to_string(index=False, na_rep="", float_format=lambda x: f"{x:.{digits}f}")
+
+
+def write(name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS) -> Path:
+    """Rows with the machine beside them, as CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    pd.DataFrame([{**row, **machine()} for row in rows]).to_csv(path, index=False, float_format="%.6g")
+    return path
+
+
+def set_threads(threads: int) -> int:
+    """Threads of torch in this process, and of what it starts."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,68 @@
+"""Real data, end to end: every run prints its table and the seconds it took, and saves its figures.
+
+Needs CELLFATE_DATA. `python benchmarks/real.py [--only NAME] [--figures FOLDER] [--threads 2]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cellfate as cf
+
+RUNS = {
+    "celegans_reporter_on": (
+        "celegans_reporter_embryos",
+        "reporter_on",
+        {"family": "bernoulli", "library_key": "sample"},
+    ),
+    "ascidian_radius": ("ascidian_embryos", "radius", {"family": "gaussian", "library_key": "sample"}),
+    "ascidian_is_neural": ("ascidian_embryos", "is_neural", {"family": "bernoulli", "library_key": "sample"}),
+    "intmemoir_n_edited": (
+        "intmemoir_colonies",
+        "n_edited",
+        {"family": "binomial", "trials": 10, "library_key": "sample"},
+    ),
+    "hemibrain_log2_post_pre": ("fly_hemibrain_hemilineages", "log2_post_pre", {"family": "gaussian"}),
+}
+LARGEST = 3000  # cells of one block
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=RUNS, nargs="*", default=list(RUNS))
+    parser.add_argument("--figures", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for name in args.only:
+        loader, fate, options = RUNS[name]
+        adata = getattr(cf.datasets, loader)()
+        if "library_key" not in options and adata.n_obs > LARGEST:
+            adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, LARGEST, replace=False))].copy()
+        began = time.perf_counter()
+        cf.tl.decompose(adata, fate, rng=0, **options)
+        seconds = time.perf_counter() - began
+        found = cf.get.diagnostics(adata)
+        print(f"\n## {name}: {adata.n_obs} cells, {seconds:.1f} s, {found['engine_reason']}")
+        for scale in ("latent", "realized"):
+            print(
+                f"\n{scale}\n{cf.get.components(adata, scale=scale).drop(columns='response').round(3).to_string(index=False)}"
+            )
+        draws = cf.get.draws(adata)
+        if "lengthscale_spatial" in draws:
+            print("length-scale", np.round(np.quantile(draws["lengthscale_spatial"], [0.025, 0.5, 0.975]), 2))
+        print({k: found[k] for k in ("status", "pareto_k", "interpolation_error", "verdict")}, flush=True)
+        if args.figures:
+            args.figures.mkdir(parents=True, exist_ok=True)
+            cf.pl.variance_shares(adata, show=False, save=args.figures / f"{name}_shares.png")
+            cf.pl.posterior(adata, show=False, save=args.figures / f"{name}_posterior.png")
+            cf.pl.effects(adata, show=False, save=args.figures / f"{name}_effects.png")
+
+
+if __name__ == "__main__":
+    main()
