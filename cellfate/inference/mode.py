@@ -121,7 +121,7 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
     """BFGS from an average-information matrix, each point warm-started from the last."""
     unit, count, tolerance = _unit(model, u), 1, COARSE
     low, high = _bounds(model, u)
-    converged, message = False, "too many steps"
+    converged, message, idle = False, "too many steps", 0
     here, value, gradient = log_posterior(model, engine, u[None], rule, start=sites, tolerance=tolerance)
     curvature = _average_information(model, here, u) * unit * unit[:, None]  # from here on in units
     sites = here.fit.sites
@@ -153,6 +153,12 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
             step = step / 3
         else:
             converged, message = gain < 1e-3, "no step raises the free energy any further"
+            break
+        # two steps that change the value by less than its own accuracy: what is left is noise
+        idle = idle + 1 if abs(float(its_value - value)) < tolerance <= TIGHT else 0
+        if idle == 2:
+            u, sites, gradient = point, its_sites, its_gradient
+            converged, message = True, "converged"
             break
         curvature = _bfgs(curvature, (point - u) / unit, slope - its_gradient[0] * unit)
         u, sites, value, gradient = point, its_sites, its_value, its_gradient

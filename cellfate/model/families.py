@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -21,6 +22,7 @@ from cellfate.errors import DataError
 from cellfate.model.links import BINARY_LINKS, BinaryLink
 
 QUADRATURE_NODES = 40
+WIDE_VARIANCE, WIDE_NODES = 9.0, 200  # above this posterior variance a logistic step is narrow between 40 nodes
 SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivative of sqrt(variance) finite
 
 
@@ -109,16 +111,11 @@ class Family(ABC):
 
     def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
         """Expectations under `N(mean, variance)`, by Gauss-Hermite quadrature."""
-        _, w, _, f, d1, d2 = self._at_nodes(outcome, mean, variance, phi)
-        return Expectation((f * w).sum(-1), (d1 * w).sum(-1), -(d2 * w).sum(-1))
 
-    def _at_nodes(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None) -> tuple[Tensor, ...]:
-        x, w = quadrature(mean)
-        sd = variance.clamp(min=SMALLEST_VARIANCE).sqrt()[..., None]
-        wide = Outcome(outcome.y[..., None], None if outcome.trials is None else outcome.trials[..., None])
-        phi = None if phi is None else phi[..., None]
-        eta = mean[..., None] + sd * x
-        return x, w, sd, self.log_prob(wide, eta, phi), *self.derivatives(wide, eta, phi)
+        def moments(x: Tensor, w: Tensor, sd: Tensor, f: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, ...]:
+            return (f * w).sum(-1), (d1 * w).sum(-1), -(d2 * w).sum(-1)
+
+        return Expectation(*self._integrate(moments, outcome, mean, variance, phi))
 
     def correction(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Tensor:
         r"""What a Gaussian could not absorb of each cell, (..., n): :math:`\log E_q[e^r]`.
@@ -127,10 +124,45 @@ class Family(ABC):
         Its leading term is half the variance of `r`; the whole expression is exact for cells that are independent, and stays
         bounded where that term alone explodes (counts under a wide prior).
         """
-        x, w, sd, f, d1, d2 = self._at_nodes(outcome, mean, variance, phi)
-        value, slope, curvature = ((g * w).sum(-1, keepdim=True) for g in (f, d1, d2))
-        r = f - value - sd * slope * x - 0.5 * sd.square() * curvature * (x.square() - 1)
-        return torch.logsumexp(torch.log(w) + r, -1)
+
+        def log_mean_exp(x: Tensor, w: Tensor, sd: Tensor, f: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor]:
+            value, slope, curvature = ((g * w).sum(-1, keepdim=True) for g in (f, d1, d2))
+            r = f - value - sd * slope * x - 0.5 * sd.square() * curvature * (x.square() - 1)
+            return (torch.logsumexp(torch.log(w) + r, -1),)
+
+        return self._integrate(log_mean_exp, outcome, mean, variance, phi)[0]
+
+    def _integrate(
+        self,
+        reduce: Callable[..., tuple[Tensor, ...]],
+        outcome: Outcome,
+        mean: Tensor,
+        variance: Tensor,
+        phi: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """`reduce` over quadrature nodes of each cell, with more nodes for the cells whose posterior is wide."""
+        found = reduce(*self._at_nodes(outcome, mean, variance, phi, QUADRATURE_NODES))
+        wide = variance.detach().expand_as(mean) > WIDE_VARIANCE
+        if not bool(wide.any()):
+            return found
+
+        def of(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.expand_as(mean)[wide]
+
+        seen = Outcome(outcome.y.expand_as(mean)[wide], of(outcome.trials))
+        more = reduce(*self._at_nodes(seen, mean[wide], variance.expand_as(mean)[wide], of(phi), WIDE_NODES))
+        return tuple(a.masked_scatter(wide, b) for a, b in zip(found, more, strict=True))
+
+    def _at_nodes(
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None, nodes: int
+    ) -> tuple[Tensor, ...]:
+        """Nodes, weights, sd, and f, f', f'' at the nodes (..., n, nodes)."""
+        x, w = quadrature(mean, nodes)
+        sd = variance.clamp(min=SMALLEST_VARIANCE).sqrt()[..., None]
+        apart = Outcome(outcome.y[..., None], None if outcome.trials is None else outcome.trials[..., None])
+        phi = None if phi is None else phi[..., None]
+        eta = mean[..., None] + sd * x
+        return x, w, sd, self.log_prob(apart, eta, phi), *self.derivatives(apart, eta, phi)
 
     def at(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Expectation:
         """The same quantities at a point, as Laplace's method takes them."""
