@@ -16,6 +16,7 @@ from scipy.spatial import KDTree
 from scipy.special import logsumexp
 from torch import Tensor
 
+from cellfate._runtime import progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
 from cellfate.inference.importance import FoldedT, Surface, pareto_smooth, systematic, uniforms
@@ -236,7 +237,7 @@ def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarra
     at = torch.as_tensor(u, dtype=mode.u.dtype, device=mode.u.device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in rng.integers(2**62, size=len(u))]
     parts, size = [], engine.points_at_once(MEMORY)
-    for first in range(0, len(u), size):
+    for first in progress(range(0, len(u), size), desc="hyperposterior", unit="batch"):
         part = at[first : first + size]
         theta = model.theta(part)
         likelihood = likelihood_at(model, theta)

@@ -11,10 +11,11 @@ import pandas as pd
 from cellfate import _keys
 from cellfate.cells import Cells
 from cellfate.errors import DataError
-from cellfate.inference.fit import GLMMFit
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from cellfate.inference.fit import GLMMFit
 
 
 def check_free(adata: AnnData, key: str) -> None:

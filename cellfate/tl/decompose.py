@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellfate import _keys
+from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import DataError
@@ -162,7 +162,7 @@ def decompose(
         "levels": cells.levels,
         "n_cells": len(cells.names),
         "n_specimens": len(cells.specimens),
-        "version": _version(),
+        "version": __version__,
         **model,
     }
     write_results(adata, key_added, cells, fit, params)
@@ -199,9 +199,3 @@ def _components(cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthsc
 
 def _named(value: Any) -> str | None:
     return value if value is None or (isinstance(value, str) and len(value) < 200) else "given"
-
-
-def _version() -> str:
-    import cellfate
-
-    return cellfate.__version__
