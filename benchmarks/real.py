@@ -42,6 +42,7 @@ def main() -> None:
     for name in args.only:
         loader, fate, options = RUNS[name]
         adata = getattr(cf.datasets, loader)()
+        adata = adata[adata.obs[fate].notna().to_numpy()].copy()
         if "library_key" not in options and adata.n_obs > LARGEST:
             adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, LARGEST, replace=False))].copy()
         began = time.perf_counter()

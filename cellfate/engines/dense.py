@@ -22,6 +22,7 @@ from cellfate.engines.blocks import Blocks, connect
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
 
+UNSEEN = 1e-8  # site precision below which a cell is as good as unobserved
 WEAK = 1e-4  # below this share of information from its own site, a cell's variance is computed without a difference
 JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it
 
@@ -200,13 +201,23 @@ class DensePosterior(Posterior):
             return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
 
         self._v = by_factor(u)
-        self._e = by_factor(zs - self._block_prior(u))
         self._whitened = by_factor(self._blockwise(lambda w, low, _k, x: low.mT @ (low @ (w * x)), zs))  # W^-1 V
+        tau = sites.precision[..., None]
+        self._seen = tau > UNSEEN
+        self._apart = torch.where(self._seen, tau, torch.ones_like(tau)).sqrt()
+        self._e = torch.where(self._seen, self._whitened / self._apart, by_factor(zs - self._block_prior(u)))
 
         shift = sites.shift[..., None]
         self.mean = self.smooth(shift)[..., 0]
-        # not K^-1 mean, and the mean not K times these: a wide prior on shared columns would cost the last digits
-        self.weights = sites.shift - sites.precision * self.mean
+        # K^-1 mean = (I + T K)^-1 shift; neither is taken from the other, a wide prior or a small noise would cost digits
+        scaled = torch.where(self._seen, shift / self._apart, 0.0)
+        unseen = torch.where(self._seen, 0.0, shift)
+        weights = self._block_resolve(shift) - self._v @ (self._whitened.mT @ scaled)
+        if bool(unseen.any()):
+            weights = (
+                weights - self.residual(self.prior_times(unseen)) + self._block_residual(self._block_prior(unseen))
+            )
+        self.weights = weights[..., 0]
         self._block_variance = self._diagonal()
         self.variance = self._block_variance + self._e.square().sum(-1)
 
@@ -232,8 +243,17 @@ class DensePosterior(Posterior):
     def _block_residual(self, x: Tensor) -> Tensor:
         return self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ (w * part))), x)
 
+    def _block_resolve(self, x: Tensor) -> Tensor:
+        """(I + T A)^-1 x = W B^-1 W^-1 x, and x - W B^-1 W A x for cells without a site, where W^-1 is not."""
+        scaled = torch.where(self._seen, x / self._apart, 0.0)
+        out = self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ part)), scaled)
+        unseen = torch.where(self._seen, 0.0, x)
+        if bool(unseen.any()):
+            out = out + unseen - self._block_residual(self._block_prior(unseen))
+        return out
+
     def _block_smooth(self, x: Tensor) -> Tensor:
-        return self._block_prior(x - self._block_residual(self._block_prior(x)))
+        return self._block_prior(self._block_resolve(x))
 
     def prior_times(self, x: Tensor) -> Tensor:
         z = self.prior.columns

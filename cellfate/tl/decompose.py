@@ -13,11 +13,14 @@ from cellfate.cells import Cells
 from cellfate.errors import DataError
 from cellfate.inference.fit import GLMM
 from cellfate.io.anndata import read_cells
+from cellfate.io.design import columns_of
 from cellfate.io.store import check_free, write_results
 from cellfate.kernels.base import Component
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.lineage import LINEAGE_KERNELS
 from cellfate.kernels.spatial import SPATIAL_KERNELS
+
+FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +81,9 @@ def decompose(
     library_key
         Column of `adata.obs` that names the specimen of each cell; each specimen has a spatial field of its own.
     groups
-        Columns of `adata.obs` with a random intercept per level.
+        Columns of `adata.obs` with a random intercept per level. By default, where `library_key` tells three or more
+        specimens apart and is not in the formula, the specimen: what makes specimens differ as a whole is not neighborhood.
+        Give ``[]`` for none.
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials
@@ -127,6 +132,7 @@ def decompose(
     model = {"engine": engine, "device": device, "dtype": dtype, "method": method, "reml": reml, "priors": priors}
     _check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_free(adata, key_added)
+    groups = _specimen_group(adata, groups, formula, spatial, library_key)
     cells = read_cells(
         adata,
         fate,
@@ -167,6 +173,21 @@ def decompose(
     }
     write_results(adata, key_added, cells, fit, params)
     return adata if copy else None
+
+
+def _specimen_group(
+    adata: AnnData, groups: str | list[str] | None, formula: str, spatial: Any, library_key: str | None
+) -> str | list[str] | None:
+    """The specimen as a grouping factor, unless the user chose the groups or put it into the formula.
+
+    A field of its own can also carry the mean of a specimen, as a length-scale beyond its extent: a difference between
+    founders, stages or stainings would then be called neighborhood.
+    """
+    if groups is not None or spatial is None or library_key is None or library_key not in getattr(adata, "obs", ()):
+        return groups
+    if library_key in columns_of(formula) or adata.obs[library_key].nunique() < FEWEST_SPECIMENS:
+        return groups
+    return [library_key]
 
 
 def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> None:
