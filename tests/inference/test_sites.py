@@ -318,10 +318,24 @@ def test_every_accepted_step_raises_the_objective(rule):
     assert values[-1] > values[0] + 1
 
 
+def test_converged_means_that_another_update_changes_nothing(rule):
+    """A plain one, from the sites that are returned: a short accelerated step would not say so."""
+    for family in ("bernoulli", "poisson"):
+        model, engine = small_problem(family)
+        here = settled(model, engine, rule, points(model))
+        target = rule.update(likelihood_at(model, here.theta), here.posterior).target
+        again = engine.condition(here.terms, target)
+        sd = here.posterior.variance.sqrt()
+        assert float(((again.mean - here.posterior.mean) / sd).abs().max()) < 1e-8
+        torch.testing.assert_close(again.variance, here.posterior.variance, rtol=1e-8, atol=0)
+
+
 EXTREMES = {
     "a huge count": ("poisson", [0, 1, 0, 200_000, 2, 0]),
     "a huge overdispersed count": ("negative_binomial", [0, 1, 0, 200_000, 2, 0]),
+    "one count in all": ("poisson", [0, 0, 1, 0, 0, 0]),
     "one fate only": ("bernoulli", [1, 1, 1, 1, 1, 1]),
+    "one fate but one": ("bernoulli", [1, 1, 1, 0, 1, 1]),
     "a far outlier": ("gaussian", [0.1, -0.2, 0.3, 1e3, 0.0, 0.2]),
 }
 
@@ -336,9 +350,20 @@ def test_extreme_responses_have_a_free_energy(name):
     u = model.start()[None].repeat(3, 1)
     u[:, :2] *= double([[0.3], [1.0], [3.0]])
     variational, ep = (evaluate_with_gradient(model, engine, u, r) for r in (Variational(), ExpectationPropagation()))
-    torch.testing.assert_close(variational.free_energy, ep.free_energy, rtol=0, atol=0.06)
-    assert variational.gradient.isfinite().all()
-    assert ep.gradient.isfinite().all()
+    torch.testing.assert_close(variational.free_energy, ep.free_energy, rtol=0, atol=0.12)
+    for here in (variational, ep):
+        assert (here.fit.status == Status.CONVERGED).all()
+        assert here.gradient.isfinite().all()
+
+
+def test_counts_of_nothing_settle(rule):
+    """Under a wide prior the first guess of a rate is off by e^30."""
+    model, engine = small_problem("poisson", sizes=(6,), groups=())
+    data = Data(Outcome(double([0] * 6)), model.data.design, model.data.terms, model.data.offset)
+    model = Model(model.family, model.components, data)
+    here = evaluate(model, engine, model.theta(model.start()[None]), rule)
+    assert (here.fit.status == Status.CONVERGED).all()
+    assert -2.5 < float(here.free_energy) < -1.4  # of the order of what a prior on the intercept costs
 
 
 def test_an_offset_far_off_is_met():
