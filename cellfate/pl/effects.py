@@ -215,6 +215,9 @@ def _corner(axes: list[Axes]) -> int:
     return max(i for i, spec in enumerate(specs) if spec is not None and spec.colspan.start == 0)
 
 
+LONGEST_TITLE = 18
+
+
 def _draw(ax: Any, panel: Panel, *, flat: bool, vmax: float, size: float | None, half: np.ndarray) -> ScalarMappable:
     xyz, value = panel.xyz, panel.value
     if flat and xyz.shape[1] == 3:
@@ -230,7 +233,9 @@ def _draw(ax: Any, panel: Panel, *, flat: bool, vmax: float, size: float | None,
     if absent.any():
         ax.scatter(*xyz[absent].T, s=size, c=_style.ABSENT, linewidths=0, **more)
     drawn = ax.scatter(*xyz[~absent].T, s=size, c=value[~absent], cmap=CMAP, vmin=-vmax, vmax=vmax, **edges, **more)
-    ax.set_title(": ".join(filter(None, [panel.component, panel.title])), pad=2)
+    title = ": ".join(filter(None, [panel.component, panel.title]))
+    # beside each other, long names would run into one line
+    ax.set_title(title if len(title) <= LONGEST_TITLE else title.replace(": ", "\n"), pad=2)
     names = "xy" if flat else "xyz"
     for name, low, high in zip(names, *_box(panel, half), strict=False):
         getattr(ax, f"set_{name}lim")(low, high)
