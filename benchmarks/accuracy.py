@@ -127,7 +127,7 @@ def ours(adata: AnnData, family: str, threads: int) -> Iterator[Mapping[str, obj
         took = decompose(adata, family, threads, method=method, priors=PRIORS)
         yield {"family": family, "what": f"cellfate, {method}", **posterior(cf.get.draws(adata)), **took}
     for method in ("variational", "laplace"):
-        seconds = decompose(adata, family, method=method, priors=FLAT, reml=False)
+        seconds = decompose(adata, family, threads, method=method, priors=FLAT, reml=False)
         mode = adata.uns["cellfate"]["mode"]
         row = {"family": family, "what": f"cellfate, ML by {method}"}
         yield {
