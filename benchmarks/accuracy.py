@@ -127,15 +127,10 @@ def ours(adata: AnnData, family: str, threads: int) -> Iterator[Mapping[str, obj
         took = decompose(adata, family, threads, method=method, priors=PRIORS)
         yield {"family": family, "what": f"cellfate, {method}", **posterior(cf.get.draws(adata)), **took}
     for method in ("variational", "laplace"):
-        seconds = decompose(adata, family, threads, method=method, priors=FLAT, reml=False)
+        took = decompose(adata, family, threads, method=method, priors=FLAT, reml=False)
         mode = adata.uns["cellfate"]["mode"]
-        row = {"family": family, "what": f"cellfate, ML by {method}"}
-        yield {
-            **row,
-            **point(mode["variance_lineage"], mode["variance_spatial"]),
-            "seconds": seconds,
-            "threads": threads,
-        }
+        maximum = point(mode["variance_lineage"], mode["variance_spatial"])
+        yield {"family": family, "what": f"cellfate, ML by {method}", **maximum, **took}
 
 
 def peers(folder: Path, family: str) -> Iterator[Mapping[str, object]]:

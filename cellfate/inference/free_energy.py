@@ -45,8 +45,10 @@ def evaluate(
     """Free energy at `theta`. Without `start` the updates begin from each cell alone, by way of Laplace's mode."""
     with torch.no_grad():
         terms, likelihood = model.terms(theta), likelihood_at(model, theta)
-        if start is None:
-            points = max([t.variance.shape[0] for t in terms], default=1)
+        points = max([t.variance.shape[0] for t in terms], default=1)
+        if start is not None:
+            start = Sites(start.precision.expand(points, -1), start.shift.expand(points, -1))
+        else:
             start = likelihood.start(points)
             if not isinstance(rule, Laplace):
                 start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=1e-2).sites
