@@ -1,0 +1,284 @@
+"""The integral over hyperparameters: against long MCMC runs of the stored problem, and against a fine grid."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cellfate.inference.free_energy import evaluate
+from cellfate.inference.hyperposterior import Hyperposterior, integrate
+from cellfate.inference.mode import find_mode
+from cellfate.inference.sites import Laplace, Variational
+from cellfate.kernels.base import Component
+from cellfate.kernels.spatial import Matern32
+from cellfate.model.families import Outcome, get_family
+from cellfate.model.glmm import Data, Model
+from tests.problem import dense_engine, double, small_problem, stored_json, stored_problem
+
+PRIORS = {"sd_lineage": ("half_normal", 2.0), "sd_spatial": ("half_normal", 2.0), "beta": ("normal", 5.0)}
+STORED = {"sd_lineage": "lin", "sd_spatial": "spa"}
+
+
+# --- the stored problem ---
+
+
+@pytest.fixture(scope="module", params=["bernoulli", "poisson"])
+def runs(request, reference_dir) -> tuple[dict, pd.DataFrame, list[Hyperposterior]]:
+    """A long NUTS run, its effects, and what we make of the same model from two seeds."""
+    family = request.param
+    model, engine = stored_problem(reference_dir, f"{family}_both", priors=PRIORS)
+    mode = find_mode(model, engine, Variational())
+    found = [integrate(model, engine, Variational(), mode, np.random.default_rng(seed)) for seed in range(2)]
+    effects = pd.read_csv(reference_dir / "mcmc_effects_n300.csv", index_col="id")
+    effects = effects.filter(regex=f"^{family}_").rename(columns=lambda name: name.removeprefix(f"{family}_"))
+    return stored_json(reference_dir, f"mcmc_{family}_n300.json"), effects, found
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", STORED)
+def test_standard_deviations_of_components(runs, name, seed):
+    stored, _, found = runs
+    x, expected = found[seed].values[name], stored[f"sd_{STORED[name]}"]
+    assert x.mean() == pytest.approx(expected["mean"], rel=0.05)
+    assert x.std(ddof=1) == pytest.approx(expected["std"], rel=0.05)
+    quantiles = stored[f"v_{STORED[name]}"][
+        "q"
+    ]  # of the variance: a quantile of a square is the square of the quantile
+    for percent in ("2.5", "50", "97.5"):
+        assert np.quantile(x, float(percent) / 100) == pytest.approx(math.sqrt(quantiles[percent]), rel=0.08)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_share_of_lineage(runs, seed):
+    stored, _, found = runs
+    lineage, spatial = (found[seed].values[name] ** 2 for name in STORED)
+    share, expected = lineage / (lineage + spatial), stored["lineage_share"]
+    assert share.mean() == pytest.approx(expected["mean"], abs=0.02)
+    assert share.std(ddof=1) == pytest.approx(expected["sd"], rel=0.08)
+    np.testing.assert_allclose(np.quantile(share, [0.025, 0.5, 0.975]), expected["q"], atol=0.03)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_fixed_effects(runs, seed):
+    stored, _, found = runs
+    beta, expected = found[seed].beta, stored["beta"]
+    sd = np.array(expected["std"])
+    assert (np.abs(beta.mean(0) - expected["mean"]) < 0.1 * sd).all()
+    np.testing.assert_allclose(beta.std(0, ddof=1), sd, rtol=0.07)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_effects_of_cells(runs, seed):
+    _, effects, found = runs
+    for name, stored in {"lineage": "flin", "spatial": "fspa"}.items():
+        mean, sd = found[seed].effects[name]
+        assert np.corrcoef(mean, effects[f"{stored}_mean"])[0, 1] > 0.995
+        assert np.abs(mean - effects[f"{stored}_mean"]).max() < 0.25 * effects[f"{stored}_sd"].mean()
+        ratio = sd / effects[f"{stored}_sd"]
+        assert ratio.mean() == pytest.approx(1, abs=0.05)
+        assert np.abs(ratio - 1).mean() < 0.1
+
+
+def test_diagnostics_of_a_good_fit(runs):
+    for found in runs[2]:
+        assert found.pareto_k < 0.7
+        assert found.interpolation_error < 0.25
+        assert found.unsettled == 0
+        assert 40 < found.evaluations < 1000
+
+
+def test_seeds_agree(runs):
+    """Better than they have to agree with the truth: what is left is the error of the quadrature over hyperparameters."""
+    one, two = runs[2]
+    assert one.log_evidence == pytest.approx(two.log_evidence, abs=0.03)
+    for name in STORED:
+        assert one.values[name].mean() == pytest.approx(two.values[name].mean(), rel=0.02)
+        assert not np.array_equal(one.values[name], two.values[name])
+
+
+def test_plain_laplace_attenuates_binary_fates(reference_dir):
+    """The known defect, at about its known size: MCMC has 1.009 and 0.883."""
+    model, engine = stored_problem(reference_dir, "bernoulli_both", priors=PRIORS)
+    found = integrate(model, engine, Laplace(), find_mode(model, engine, Laplace()), np.random.default_rng(0))
+    for name, mean in (("sd_lineage", 0.765), ("sd_spatial", 0.702)):
+        assert found.values[name].mean() == pytest.approx(mean, rel=0.08)
+
+
+# --- a fine grid ---
+
+AXIS = (torch.arange(32, dtype=torch.float64) + 0.5) * 0.13  # of an sd; half-normal(1) leaves nothing beyond 4
+
+
+class Grid:
+    """A model with two hyperparameters, integrated by brute force."""
+
+    def __init__(self, family: str, seed: int) -> None:
+        self.model, self.engine = absent(family, seed)
+        parameters = self.model.parameters
+        second = torch.linspace(-1.0, 1.0, 61, dtype=torch.float64) if family == "gaussian" else AXIS  # log of an sd
+        u = torch.cartesian_prod(AXIS, second)
+        engine = dense_engine(self.model.components, self.model.data.n)
+        parts = [
+            evaluate(self.model, engine, self.model.theta(part), Variational(), tolerance=1e-4) for part in u.split(64)
+        ]
+        log_density = torch.cat([here.free_energy for here in parts]) + self.model.log_prior(u)
+        cell = math.log(float(AXIS[1] - AXIS[0])) + math.log(float(second[1] - second[0]))
+        self.log_evidence = float(torch.logsumexp(log_density, 0)) + cell
+        self.weight = torch.softmax(log_density, 0).numpy()
+        self.values = {p.name: p.natural(u[:, i]).numpy() for i, p in enumerate(parameters)}
+        self.effects = {}
+        for i, term in enumerate(parts[0].terms):
+            mean = torch.cat([here.posterior.component_mean(here.terms[i]) for here in parts]).numpy()
+            variance = torch.cat([here.posterior.component_variance(here.terms[i]) for here in parts]).numpy()
+            average = self.weight @ mean
+            self.effects[term.name] = (average, np.sqrt(self.weight @ (variance + (mean - average) ** 2)))
+        coefficients = [here.posterior.coefficients(here.terms[-1]) for here in parts]
+        mean, covariance = (torch.cat(x).numpy() for x in zip(*coefficients, strict=True))
+        self.beta = self.weight @ mean
+        second_moment = np.einsum("s,sij->ij", self.weight, covariance + mean[:, :, None] * mean[:, None, :])
+        self.beta_covariance = second_moment - np.outer(self.beta, self.beta)
+
+    def quantile(self, name: str, p: np.ndarray) -> np.ndarray:
+        order = np.argsort(self.values[name], kind="stable")
+        x, mass = self.values[name][order], np.cumsum(self.weight[order])
+        levels, last = np.unique(x, return_index=True)
+        # the mass of a cell of the grid lies around its middle
+        upper = np.append(mass[last[1:] - 1], 1.0)
+        edges = np.append((levels[1:] + levels[:-1]) / 2, levels[-1])
+        return np.interp(p, np.append(0, upper), np.append(max(0.0, 2 * levels[0] - edges[0]), edges))
+
+
+def absent(family: str, seed: int) -> tuple[Model, object]:
+    """Forty cells whose fates know of a covariate alone: both components are absent, or nearly so."""
+    rng = np.random.default_rng(seed)
+    model, _ = small_problem("poisson", sizes=(15, 25), lineage="brownian", lengthscale=0.8, groups=(), seed=seed)
+    components = model.components[:1] if family == "gaussian" else model.components
+    x = model.data.design.numpy()
+    fate = get_family(family)
+    y = fate.simulate(x @ [0.2, 0.7], rng=rng)
+    data = Data(Outcome(double(y)), model.data.design, model.data.terms, torch.zeros(40, dtype=torch.float64))
+    priors = {f"sd_{c.name}": ("half_normal", 1.0) for c in components} | {"beta": ("normal", 2.0)}
+    return Model(fate, components, data, priors), dense_engine(components, 40)
+
+
+@pytest.fixture(scope="module", params=["bernoulli", "poisson", "gaussian"])
+def gridded(request) -> tuple[Grid, Hyperposterior]:
+    grid = Grid(request.param, seed=3)
+    mode = find_mode(grid.model, grid.engine, Variational())
+    return grid, integrate(grid.model, grid.engine, Variational(), mode, np.random.default_rng(0))
+
+
+def test_quantiles_where_a_component_is_absent(gridded):
+    """A posterior that piles up at zero, its lower quantiles included."""
+    grid, found = gridded
+    p = np.array([0.025, 0.25, 0.5, 0.75, 0.975])
+    for name in grid.values:
+        np.testing.assert_allclose(np.quantile(found.values[name], p), grid.quantile(name, p), atol=0.03)
+    lineage = found.values["sd_lineage"]
+    assert (lineage >= 0).all()
+    assert np.quantile(lineage, 0.025) < 0.1  # it does pile up
+
+
+def test_evidence(gridded):
+    grid, found = gridded
+    assert found.log_evidence == pytest.approx(grid.log_evidence, abs=0.03)
+
+
+def test_hyperparameters_correlate_as_on_the_grid(gridded):
+    grid, found = gridded
+    one, two = list(grid.values)
+    x = np.stack([grid.values[one], grid.values[two]])
+    centered = x - (x @ grid.weight)[:, None]
+    covariance = (centered * grid.weight) @ centered.T
+    expected = covariance[0, 1] / math.sqrt(covariance[0, 0] * covariance[1, 1])
+    assert np.corrcoef(found.values[one], found.values[two])[0, 1] == pytest.approx(expected, abs=0.07)
+
+
+def test_effects_and_fixed_effects_are_mixtures_over_the_grid(gridded):
+    grid, found = gridded
+    for name, (mean, sd) in grid.effects.items():
+        np.testing.assert_allclose(found.effects[name][0], mean, atol=0.03 * sd.mean())
+        assert (found.effects[name][1] / sd).mean() == pytest.approx(1, abs=0.05)
+        assert np.abs(found.effects[name][1] / sd - 1).mean() < 0.08
+    sd = np.sqrt(np.diag(grid.beta_covariance))
+    draws = found.beta
+    assert (np.abs(draws.mean(0) - grid.beta) < 4.5 * sd / math.sqrt(len(draws)) + 0.01 * sd).all()
+    np.testing.assert_allclose(draws.std(0, ddof=1), sd, rtol=0.05)
+    correlation = grid.beta_covariance[0, 1] / sd.prod()
+    assert np.corrcoef(draws.T)[0, 1] == pytest.approx(correlation, abs=0.06)
+
+
+def test_realized_variances_are_those_of_the_fields(gridded):
+    """Of the fixed part by its exact mean; of a field between the variance of its mean and what independent cells would add."""
+    grid, found = gridded
+    x = grid.model.data.design.numpy()
+    second_moment = grid.beta_covariance + np.outer(grid.beta, grid.beta)
+    for name, (mean, sd) in grid.effects.items():
+        draws = found.realized[name]
+        assert (draws >= 0).all()
+        if name == "fixed":
+            assert draws.mean() == pytest.approx(np.trace(np.cov(x.T) @ second_moment), rel=0.12)
+        else:
+            assert 0.9 * mean.var(ddof=1) < draws.mean() < 1.1 * (mean.var(ddof=1) + (sd**2).mean())
+
+
+def test_realized_variances_add_up(gridded):
+    """With twice the covariances, to the variance of the whole, which is not negative in any draw."""
+    grid, found = gridded
+    parts = [found.realized[name] for name in grid.effects]
+    assert (sum(parts) + found.realized["shared"] >= 0).all()
+    assert np.abs(found.realized["shared"]).max() > 0
+
+
+# --- the ends of the range ---
+
+
+def test_the_same_seed_gives_the_same_draws():
+    model, engine = absent("bernoulli", 3)
+    mode = find_mode(model, engine, Variational())
+    one, two = (integrate(model, engine, Variational(), mode, np.random.default_rng(5)) for _ in range(2))
+    for name in one.values:
+        np.testing.assert_array_equal(one.values[name], two.values[name])
+    np.testing.assert_array_equal(one.beta, two.beta)
+    assert one.log_evidence == two.log_evidence
+
+
+def test_nothing_to_integrate():
+    """Every hyperparameter held: the fixed effects' posterior and the free energy are what is left."""
+    model, _ = absent("poisson", 3)
+    priors = {"sd_lineage": ("fixed", 0.5), "sd_spatial": ("fixed", 0.3), "beta": ("normal", 2.0)}
+    model = Model(model.family, model.components, model.data, priors)
+    engine = dense_engine(model.components, model.data.n)
+    mode = find_mode(model, engine, Variational())
+    found = integrate(model, engine, Variational(), mode, np.random.default_rng(0))
+    theta, _ = model.from_natural({})
+    here = evaluate(model, engine, theta, Variational())
+    assert found.log_evidence == pytest.approx(float(here.free_energy), abs=1e-4)
+    assert set(found.values["sd_lineage"]) == {0.5}
+    mean, covariance = here.posterior.coefficients(here.terms[-1])
+    sd = covariance[0].diagonal().sqrt().numpy()
+    assert (np.abs(found.beta.mean(0) - mean[0].numpy()) < 4.5 * sd / math.sqrt(len(found.beta))).all()
+    np.testing.assert_allclose(found.beta.std(0, ddof=1), sd, rtol=0.06)
+    for term in here.terms:
+        np.testing.assert_allclose(found.effects[term.name][0], here.posterior.component_mean(term)[0], atol=1e-4)
+
+
+def test_fixed_effects_as_parameters():
+    """With reml=False they are entries of the vector, and their draws are draws of it."""
+    base, _ = absent("poisson", 3)
+    components = [Component("spatial", Matern32(base.components[1].kernel.coordinates, lengthscale=0.8))]
+    priors = {"sd_spatial": ("half_normal", 1.0), "beta": ("normal", 2.0)}
+    draws = {}
+    for reml in (True, False):
+        model = Model(base.family, components, base.data, priors, reml)
+        engine = dense_engine(components, 40)
+        mode = find_mode(model, engine, Variational())
+        draws[reml] = integrate(model, engine, Variational(), mode, np.random.default_rng(0))
+    # both integrate over the same prior, one within each point and one over the points
+    sd = draws[True].beta.std(0)
+    assert (np.abs(draws[False].beta.mean(0) - draws[True].beta.mean(0)) < 0.15 * sd).all()
+    np.testing.assert_allclose(draws[False].beta.std(0), sd, rtol=0.1)
+    assert draws[False].values["sd_spatial"].mean() == pytest.approx(draws[True].values["sd_spatial"].mean(), rel=0.06)
+    assert draws[False].log_evidence == pytest.approx(draws[True].log_evidence, abs=0.1)
