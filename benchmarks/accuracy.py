@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from machine import machine, set_threads, table, write
+from machine import machine, set_threads, table, warm_up, write
 
 import cellfate as cf
 from cellfate.kernels.lineage import Brownian
@@ -185,9 +185,7 @@ def main() -> None:
     threads = set_threads(options.threads)
     cf.verbosity("warning")
     adata = problem(folder)
-    cf.tl.decompose(
-        adata[:50].copy(), "gaussian_both", family="gaussian", lineage=None, rng=0
-    )  # loads what is loaded once
+    warm_up()
 
     rows: list[Mapping[str, Any]] = []
     for family in FAMILIES:

@@ -163,6 +163,26 @@ def test_all_rules_are_exact_for_a_gaussian_fate(rule):
         np.testing.assert_allclose(here.posterior.mean[i], k[i] @ np.linalg.solve(v, y), atol=1e-8)
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1e4])
+def test_units_of_a_gaussian_fate_do_not_matter(rule, unit):
+    """The density of the data is per unit of the response, and nothing else changes: priors, sites, length-scales."""
+    model, engine = small_problem("gaussian")
+    data = Data(Outcome(unit * model.data.outcome.y), model.data.design, model.data.terms, unit * model.data.offset)
+    scaled = Model(model.family, model.components, data)
+    u = points(model)
+    v = u.clone()
+    v[:, :4] *= unit
+    v[:, 4] += math.log(unit)
+    assert [p.name for p in model.parameters][4] == "sd_residual"
+    one, other = evaluate_with_gradient(model, engine, u, rule), evaluate_with_gradient(scaled, engine, v, rule)
+    shift = len(data.offset) * math.log(unit)
+    torch.testing.assert_close(other.free_energy, one.free_energy - shift, rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(other.posterior.mean, unit * one.posterior.mean, rtol=1e-7, atol=1e-9 * unit)
+    slope = other.gradient.clone()
+    slope[:, :4] *= unit
+    torch.testing.assert_close(slope, one.gradient, rtol=1e-6, atol=1e-7)
+
+
 def pair(family: str, correlation: float, variance: float) -> tuple[Model, object]:
     """Two cells whose latent values correlate."""
     k = double(variance * np.array([[1.0, correlation], [correlation, 1.3]]))
