@@ -106,7 +106,7 @@ def _add_decompose(commands: Any) -> None:
     texts = {
         "link": "link function of the family",
         "formula": "fixed effects, such as '~ 1 + stage'",
-        "lineage-kernel": "brownian, ou, pagel or clone",
+        "lineage-kernel": "brownian, ou, pagel, early_burst or clone",
         "spatial": "key of .obsm with the coordinates, or 'none'",
         "spatial-kernel": "matern12, matern32, matern52 or rbf",
         "library-key": "column of .obs that tells specimens apart",

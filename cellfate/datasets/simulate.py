@@ -41,6 +41,7 @@ def simulate(
     lineage_kernel: str = "brownian",
     alpha: float | None = None,
     pagel_lambda: float | None = None,
+    burst_rate: float | None = None,
     spatial_kernel: str = "matern32",
     dimensions: int = 2,
     n_specimens: int = 1,
@@ -77,9 +78,10 @@ def simulate(
         Of the spatial kernel; positions have unit variance on each axis.
     inheritance
         0 (relatives are scattered) to 1 (a position is all ancestry).
-    lineage_kernel, alpha, pagel_lambda
-        `brownian`, `ou` (with `alpha`, default 2), `pagel` (with `pagel_lambda`, default 0.7), or `clone`, for which the
-        tree is cut when about sqrt(n) lineages are alive, each the founder of a clone and a tree of its own.
+    lineage_kernel, alpha, pagel_lambda, burst_rate
+        `brownian`, `ou` (with `alpha`, default 2), `pagel` (with `pagel_lambda`, default 0.7), `early_burst`
+        (with `burst_rate`, default 5; trees have height 1), or `clone`, for which the tree is cut when about sqrt(n) lineages
+        are alive, each the founder of a clone and a tree of its own.
     spatial_kernel
         `matern12`, `matern32`, `matern52` or `rbf`.
     dimensions
@@ -117,7 +119,7 @@ def simulate(
     _need(0 < dispersion < np.inf, "dispersion", dispersion, "positive and finite")
     for name, variance in variances.items():
         _need(0 <= variance < np.inf, name, variance, "a variance, zero or more and finite")
-    hyper = _lineage_settings(lineage_kernel, alpha, pagel_lambda)
+    hyper = _lineage_settings(lineage_kernel, alpha, pagel_lambda, burst_rate)
     _need(spatial_kernel in SPATIAL_KERNELS, "spatial_kernel", spatial_kernel, f"one of {', '.join(SPATIAL_KERNELS)}")
     _check_names(coefficients, groups)
     tries = _tries(trials, n) if family == "binomial" else None
@@ -380,16 +382,22 @@ def _need(holds: bool, name: str, value: object, wanted: str) -> None:
         raise DataError(f"{name} is {value!r}: it has to be {wanted}.")
 
 
-def _lineage_settings(kernel: str, alpha: float | None, pagel_lambda: float | None) -> dict[str, float]:
+def _lineage_settings(
+    kernel: str, alpha: float | None, pagel_lambda: float | None, burst_rate: float | None
+) -> dict[str, float]:
     """Hyperparameters of the lineage kernel by the names it gives them."""
     _need(kernel in LINEAGE_KERNELS, "lineage_kernel", kernel, f"one of {', '.join(LINEAGE_KERNELS)}")
     _need(alpha is None or kernel == "ou", "alpha", alpha, "left out unless lineage_kernel='ou'")
     _need(pagel_lambda is None or kernel == "pagel", "pagel_lambda", pagel_lambda, "left out unless 'pagel'")
+    _need(burst_rate is None or kernel == "early_burst", "burst_rate", burst_rate, "left out unless 'early_burst'")
     alpha = 2.0 if alpha is None else alpha
+    burst_rate = 5.0 if burst_rate is None else burst_rate
     pagel_lambda = 0.7 if pagel_lambda is None else pagel_lambda
     _need(0 < alpha < np.inf, "alpha", alpha, "positive and finite")
     _need(0 <= pagel_lambda <= 1, "pagel_lambda", pagel_lambda, "between 0 and 1")
-    return {"ou": {"alpha": float(alpha)}, "pagel": {"lambda": float(pagel_lambda)}}.get(kernel, {})
+    _need(0 < burst_rate < np.inf, "burst_rate", burst_rate, "positive and finite")
+    settings = {"ou": {"alpha": alpha}, "pagel": {"lambda": pagel_lambda}, "early_burst": {"rate": burst_rate}}
+    return {name: float(value) for name, value in settings.get(kernel, {}).items()}
 
 
 def _tries(trials: int | Sequence[int] | np.ndarray, n: int) -> np.ndarray:

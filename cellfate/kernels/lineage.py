@@ -85,6 +85,10 @@ class LineageKernel(Kernel):
     def _length(self) -> Tensor:
         return torch.as_tensor(self.forest.branch_length)
 
+    def _above(self, like: Tensor) -> Tensor:
+        """Path (nodes,) from the root to where the branch of each node begins."""
+        return torch.as_tensor(self.forest.depth - self.forest.branch_length).to(like)
+
     @property
     def _height(self) -> float:
         height = float(self.forest.depth[self.leaf].max())
@@ -155,10 +159,31 @@ class Pagel(LineageKernel):
         lam = values["lambda"].to(like)[..., None]
         length = self._length.to(like)
         is_leaf = torch.as_tensor(self.forest.is_leaf, device=like.device)
-        above = torch.as_tensor(self.forest.depth).to(like) - length  # path above the last branch
+        above = self._above(like)
         return TreeSteps(
             self._parent.to(like.device), None, torch.where(is_leaf, length + (1 - lam) * above, lam * length)
         )
+
+
+@dataclass(frozen=True, eq=False)
+class EarlyBurst(LineageKernel):
+    r"""Ancestry that settles: drift slows down with the path from the root as :math:`\exp(-r\,t)`.
+
+    For fates that are decided early and then kept: late relatives are all but equal. r -> 0 is brownian. After Harmon et al.
+    (2010), where the rate of change is :math:`\sigma^2 e^{-r t}`.
+    """
+
+    rate: float | None = None
+
+    @cached_property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:  # type: ignore[override]
+        # over the height of the tree drift slows by a tenth, all but brownian, up to twenty e-folds
+        return (Hyperparameter("rate", "log", 0.1 / self._height, 20.0 / self._height, self.rate),)
+
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> TreeSteps:
+        rate = values["rate"].to(like)[..., None]
+        noise = torch.exp(-rate * self._above(like)) * -torch.expm1(-rate * self._length.to(like)) / rate
+        return TreeSteps(self._parent.to(like.device), None, noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,5 +221,6 @@ LINEAGE_KERNELS: dict[str, type[LineageKernel]] = {
     "brownian": Brownian,
     "ou": OrnsteinUhlenbeck,
     "pagel": Pagel,
+    "early_burst": EarlyBurst,
     "clone": Clone,
 }

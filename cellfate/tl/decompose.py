@@ -72,7 +72,8 @@ def decompose(
         `lineage_kernel="clone"` also a column of `adata.obs`.
     lineage_kernel
         ``"brownian"``: covariance is the shared path; ``"ou"``: ancestry is forgotten at a rate alpha that is estimated;
-        ``"pagel"``: internal branches scaled by a lambda that is estimated; ``"clone"``: identity of the clone only.
+        ``"pagel"``: internal branches scaled by a lambda that is estimated; ``"early_burst"``: drift slows down at a rate that
+        is estimated, for fates decided early and then kept; ``"clone"``: identity of the clone only.
     spatial
         Key of coordinates (n, 2 or 3) in `adata.obsm`, the coordinates themselves, or None to leave neighborhood out.
     spatial_kernel, lengthscale

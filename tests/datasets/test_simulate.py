@@ -192,6 +192,8 @@ def lineage_covariance(forest: Forest, kernel: str) -> np.ndarray:
         return np.exp(-1.5 * distance) * (shared >= 0)
     if kernel == "pagel":
         return np.where(np.eye(len(own), dtype=bool), path, 0.6 * path)
+    if kernel == "early_burst":
+        return (1 - np.exp(-2.5 * path)) / 2.5
     return (shared >= 0).astype(float)
 
 
@@ -212,7 +214,7 @@ def assert_covariance(fields: np.ndarray, k: np.ndarray) -> None:
     assert abs(squares.mean() - rank) < 4 * np.sqrt(2 * rank / draws)
 
 
-LINEAGE = {"brownian": {}, "ou": {"alpha": 1.5}, "pagel": {"lambda": 0.6}, "clone": {}}
+LINEAGE = {"brownian": {}, "ou": {"alpha": 1.5}, "pagel": {"lambda": 0.6}, "early_burst": {"rate": 2.5}, "clone": {}}
 
 
 @pytest.mark.parametrize(("kernel", "trees"), [*((k, 2) for k in LINEAGE), ("brownian", 1), ("ou", 1), ("pagel", 1)])
@@ -435,12 +437,14 @@ def test_a_hundred_thousand_cells_take_seconds():
         ({"groups": {"b": (1, 1.0)}}, r"groups\['b'\] is 1: it has to be 2 levels or more"),
         ({"groups": {"fate": (2, 1.0)}}, "name of a covariate or group is 'fate': it has to be another one"),
         ({"coefficients": {"b": 1.0}, "groups": {"b": (2, 1.0)}}, "name of a covariate or group is 'b'"),
-        ({"lineage_kernel": "brown"}, "lineage_kernel is 'brown': it has to be one of brownian, ou, pagel, clone"),
+        ({"lineage_kernel": "brown"}, "lineage_kernel is 'brown': it has to be one of brownian, ou, pagel, early_burst, clone"),
         ({"spatial_kernel": "matern"}, "spatial_kernel is 'matern': it has to be one of matern12"),
         ({"alpha": 1.0}, "alpha is 1.0: it has to be left out unless lineage_kernel='ou'"),
         ({"alpha": -1.0, "lineage_kernel": "ou"}, "alpha is -1.0: it has to be positive"),
         ({"pagel_lambda": 0.5}, "pagel_lambda is 0.5: it has to be left out"),
         ({"pagel_lambda": 1.5, "lineage_kernel": "pagel"}, "pagel_lambda is 1.5: it has to be between 0 and 1"),
+        ({"burst_rate": 2.0}, "burst_rate is 2.0: it has to be left out"),
+        ({"burst_rate": 0.0, "lineage_kernel": "early_burst"}, "burst_rate is 0.0: it has to be positive"),
         ({"family": "binomial", "trials": [1, 2]}, r"shape of trials is \(2,\): it has to be \(\) or \(20,\)"),
         ({"family": "binomial", "trials": 0}, "smallest of trials is 0: it has to be 1 or more"),
         ({"family": "normal"}, "unknown family 'normal'"),

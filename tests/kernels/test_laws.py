@@ -16,7 +16,7 @@ from tests.problem import dense_engine, double, entries, random_newick
 
 N = 19
 SIZES = (7, 1, 8, 3)
-VALUES = {"alpha": [0.2, 1.1], "lambda": [0.1, 0.8], "lengthscale": [0.3, 1.4]}
+VALUES = {"alpha": [0.2, 1.1], "lambda": [0.1, 0.8], "rate": [0.3, 2.0], "lengthscale": [0.3, 1.4]}
 
 
 def _kernels() -> dict[str, Kernel]:

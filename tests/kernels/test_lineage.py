@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from cellfate.errors import DataError
-from cellfate.kernels.lineage import LINEAGE_KERNELS, Brownian, Clone, LineageKernel, OrnsteinUhlenbeck, Pagel
+from cellfate.kernels.lineage import (
+    LINEAGE_KERNELS,
+    Brownian,
+    Clone,
+    EarlyBurst,
+    LineageKernel,
+    OrnsteinUhlenbeck,
+    Pagel,
+)
 from cellfate.trees.convert import to_forest
 from cellfate.trees.forest import Forest
 from tests.problem import double, entries, random_newick
@@ -83,6 +91,14 @@ def test_pagel_scales_what_is_shared_and_keeps_what_is_a_cells_own(forest, lam):
     same(entries(Pagel(forest, leaf), **{"lambda": lam}), formula)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 0.5, 30.0])
+def test_early_burst_is_the_drift_until_the_ancestor(forest, rate):
+    """Drift at path t from the root is exp(-rate t): its integral over the shared path."""
+    leaf = shuffled_leaves(forest)
+    formula = pairs(forest, leaf, lambda p, q: -np.expm1(-rate * shared(forest, p, q)) / rate)
+    same(entries(EarlyBurst(forest, leaf), rate=rate), formula)
+
+
 def test_clone_is_membership(forest):
     """A clone is a tree, or where there is one tree a child of its root."""
     leaf = shuffled_leaves(forest)
@@ -102,6 +118,7 @@ def test_a_batch_of_hyperparameters_is_one_by_one(forest):
     for kernel, name, values in (
         (OrnsteinUhlenbeck(forest, leaf), "alpha", [0.1, 0.7, 5.0]),
         (Pagel(forest, leaf), "lambda", [0.0, 0.4, 1.0]),
+        (EarlyBurst(forest, leaf), "rate", [0.1, 0.7, 5.0]),
     ):
         together = entries(kernel, **{name: values})
         assert together.shape == (3, len(leaf), len(leaf))
@@ -113,7 +130,11 @@ def test_entries_are_differentiable_in_their_hyperparameters(forest):
     """Zero-length branches and roots included, where a root of infinite age would give the right value and a NaN slope."""
     leaf = shuffled_leaves(forest)
     cells = torch.arange(len(leaf))[None]
-    for kernel, name in ((OrnsteinUhlenbeck(forest, leaf), "alpha"), (Pagel(forest, leaf), "lambda")):
+    for kernel, name in (
+        (OrnsteinUhlenbeck(forest, leaf), "alpha"),
+        (Pagel(forest, leaf), "lambda"),
+        (EarlyBurst(forest, leaf), "rate"),
+    ):
         geometry = kernel.geometry(cells)
 
         def covariance(x, kernel=kernel, name=name, geometry=geometry):
@@ -132,6 +153,7 @@ def test_blocks_are_cut_out_and_padding_is_zero():
         (Brownian(forest, leaf), {}),
         (OrnsteinUhlenbeck(forest, leaf), {"alpha": 0.5}),
         (Pagel(forest, leaf), {"lambda": 0.5}),
+        (EarlyBurst(forest, leaf), {"rate": 0.5}),
         (Clone(forest, leaf), {}),
     ):
         whole = torch.nn.functional.pad(entries(kernel, **values), (0, 1, 0, 1))
@@ -207,6 +229,7 @@ def test_what_each_kernel_estimates():
     found = {name: kernel(forest, leaf).hyperparameters for name, kernel in LINEAGE_KERNELS.items()}
     assert [h.name for h in found["ou"]] == ["alpha"]
     assert [h.name for h in found["pagel"]] == ["lambda"]
+    assert [(h.name, h.lower, h.upper) for h in found["early_burst"]] == [("rate", 0.1 / 4, 20.0 / 4)]
     assert found["brownian"] == found["clone"] == ()
     (alpha,) = found["ou"]
     # half-lives between a fourteenth of the height and seven heights, the height being that of the deepest cell
