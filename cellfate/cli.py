@@ -48,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", CellfateWarning)
             warnings.showwarning = _show_warning
             command(**arguments)
-    except (ValueError, OSError, NotImplementedError) as e:  # DataError is a ValueError
-        print(f"cellfate: error: {_one_line(e)}", file=sys.stderr)
+    except (ValueError, OSError, NotImplementedError, MemoryError, RuntimeError) as e:  # DataError is a ValueError
+        text = _explained(e)
+        if text is None:
+            raise
+        print(f"cellfate: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cellfate: interrupted, nothing was written", file=sys.stderr)
+        print("cellfate: interrupted", file=sys.stderr)
         return 130
     finally:
         logger.setLevel(before)
@@ -90,6 +93,7 @@ def _add_decompose(commands: Any) -> None:
     command = _add_command(commands, "decompose", decompose, summary)
     command.add_argument("input", type=Path, metavar="IN", help=".h5ad or .h5td file; it is not changed")
     command.add_argument("--out", type=Path, required=True, help="file for the data with the results in them")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there; it may then be IN")
     command.add_argument("--figure", type=Path, help="file for a figure of the partition")
     command.add_argument(
         "--tree",
@@ -124,7 +128,11 @@ def _add_decompose(commands: Any) -> None:
         "--lengthscale", type=float, default=ABSENT, help="hold the spatial length-scale at this value"
     )
     command.add_argument(
-        "--groups", nargs="+", metavar="COLUMN", default=ABSENT, help="columns of .obs, random intercepts"
+        "--groups",
+        nargs="+",
+        metavar="COLUMN",
+        default=ABSENT,
+        help="columns of .obs, random intercepts, or 'none', also for the one of specimens",
     )
     command.add_argument(
         "--priors",
@@ -139,7 +147,9 @@ def _add_decompose(commands: Any) -> None:
         default=ABSENT,
         help="integrate the fixed effects out (default), or maximize over them",
     )
-    command.add_argument("--rng", type=int, metavar="SEED", default=ABSENT, help="seed of the posterior draws")
+    command.add_argument(
+        "--rng", type=int, metavar="SEED", default=0, help="seed of the posterior draws (default: %(default)s)"
+    )
 
 
 def demo(*, n: int, seed: int, figure: Path | None) -> None:
@@ -167,39 +177,54 @@ def demo(*, n: int, seed: int, figure: Path | None) -> None:
     )
     print(f"{n} simulated cells, one binary fate, a tree and positions inherited by half; fitted in {seconds:.1f} s\n")
     print(_columns(rows))
+    print(f"\n{cf.get.diagnostics(adata)['verdict']}")
     _draw(adata, figure, _keys.KEY)
 
 
-def decompose(*, input: Path, out: Path, figure: Path | None, missing: str, fate: str, **options: Any) -> None:  # noqa: A002
-    """Read, fit, print, write."""
+def decompose(
+    *,
+    input: Path,  # noqa: A002
+    out: Path,
+    overwrite: bool,
+    figure: Path | None,
+    missing: str,
+    fate: str,
+    **options: Any,
+) -> None:
+    """Read, fit, write, print."""
     from cellfate.io.files import check_suffix, read, write
 
     check_suffix(out)
     _check_folder(out)
     _check_figure(figure)
-    if out.exists() and input.exists() and out.samefile(input) and str(out) != str(input):
-        raise DataError(f"{out} is the input {input} under another name: give the same name twice to overwrite it.")
+    _check_out(out, input, overwrite)
     if "priors" in options:
         options["priors"] = dict(_prior(text) for text in options["priors"])
     if options.get("trials", "").isdigit():
         options["trials"] = int(options["trials"])
     if options.get("spatial") == "none":
         options["spatial"] = None
+    if options.get("groups") == ["none"]:
+        options["groups"] = []
     adata = read(input)
     if out.suffix != input.suffix:
         raise DataError(f"{out} and {input} differ in format: keep {input.suffix}, so that nothing is lost.")
     if "lineage" in options:
         options["lineage"] = _lineage(adata, options["lineage"], missing)
+    elif not any(_keys.TREE in slot for slot in (adata.uns, getattr(adata, "obst", {}), adata.obs)):
+        raise DataError(
+            f"{input} holds no tree {_keys.TREE!r}: give --tree FILE_OR_KEY, or --tree none to leave ancestry out."
+        )
     cf.tl.decompose(adata, fate, **options)
     key = options.get("key_added", _keys.KEY)
-    _print_tables(adata, key)
     write(adata, out)
+    _print_tables(adata, key)
     _draw(adata, figure, key)
     logger.info("results are in %s, uns[%r]", out, key)
 
 
 def _lineage(adata: AnnData, text: str, missing: str) -> str | None:
-    """Turn what `--tree` names into a key: a file is stored under the usual one."""
+    """Turn what `--tree` names into a key: a file is stored under the usual one, or beside a tree that is there."""
     if text == "none":
         return None
     slots: dict[str, Any] = {"obst": getattr(adata, "obst", {}), "uns": adata.uns, "obs": adata.obs}
@@ -209,8 +234,16 @@ def _lineage(adata: AnnData, text: str, missing: str) -> str | None:
     if not path.is_file():
         found = ", ".join(f"{name} {sorted(slot)}" for name, slot in slots.items() if len(slot))
         raise DataError(f"--tree {text}: there is no such file and no such key; the data have {found or 'no keys'}.")
-    cf.pp.set_tree(adata, path.read_text(), key_added=_keys.TREE, missing=missing)
-    return _keys.TREE
+    taken = [slot for slot in ("obst", "uns") if _keys.TREE in slots[slot]]
+    key = f"{_keys.TREE}_{path.stem}" if taken else _keys.TREE
+    if taken and any(key in slots[slot] for slot in ("obst", "uns")):
+        raise DataError(
+            f"--tree {text}: the data have a tree {_keys.TREE!r} and one called {key!r}; give --tree {key} to use it."
+        )
+    cf.pp.set_tree(adata, path, key_added=key, missing=missing)
+    if taken:
+        logger.info("%s[%r] is left as it is: the tree of %s is %r", taken[0], _keys.TREE, path, key)
+    return key
 
 
 def _prior(text: str) -> tuple[str, Any]:
@@ -224,6 +257,18 @@ def _prior(text: str) -> tuple[str, Any]:
     if not (name and kind):
         raise DataError(f"--priors {text}: write NAME=PRIOR, such as sd_lineage=half_normal:2 or beta=flat.")
     return name, (kind, *values) if values else kind
+
+
+def _check_out(out: Path, source: Path, overwrite: bool) -> None:
+    """Nothing is replaced that was not meant."""
+    same = out.exists() and source.exists() and out.samefile(source)
+    if same and str(out) != str(source):
+        raise DataError(
+            f"{out} is the input {source} under another name: give the same name twice, with --overwrite, to overwrite it."
+        )
+    if out.exists() and not overwrite:
+        what = "is the input" if same else "is there already"
+        raise DataError(f"{out} {what}: name another file, or give --overwrite to replace it.")
 
 
 def _check_folder(path: Path) -> None:
@@ -261,6 +306,12 @@ def _print_tables(adata: AnnData, key: str) -> None:
         for r in fixed.itertuples()
     ]
     print(_columns(rows))
+    shapes = [
+        (str(r.term), _short(r.median), f"[{_short(r.lower)}, {_short(r.upper)}]")
+        for r in cf.get.hyperparameters(adata, key).itertuples()
+    ]
+    if shapes:
+        print("\n" + _columns([("hyperparameter", "median", "95% interval"), *shapes]))
     if verdict := diagnostics.get("verdict"):
         print(f"\n{verdict}")
 
@@ -295,6 +346,19 @@ def _short(x: float) -> str:
     if x == 0 or 1e3 <= abs(x) < 1e5:
         return f"{x:.0f}"
     return f"{x:#.3g}".rstrip(".") if 1e-3 <= abs(x) < 1e3 else f"{x:.2e}"
+
+
+def _explained(error: Exception) -> str | None:
+    """In one line what is wrong, or None where it is a bug of ours."""
+    text = _one_line(error)
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({text}). Take fewer cells, give --library-key if there are several specimens, or a larger machine."
+    if name in ("LinAlgError", "_LinAlgError"):
+        return f"a matrix could not be solved ({text}). Try --dtype float64, and look for cells at one position or copies of a cell."
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return None
+    return text
 
 
 def _one_line(error: Exception) -> str:

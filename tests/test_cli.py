@@ -7,6 +7,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import cellfate as cf
 from cellfate import cli
@@ -49,7 +50,7 @@ def decompose_options():
     return {a.dest: a for a in commands.choices["decompose"]._actions if a.dest != "help"}
 
 
-FILES = {"input", "out", "figure", "missing", "verbosity"}
+FILES = {"input", "out", "overwrite", "figure", "missing", "verbosity"}
 
 
 def test_every_option_is_an_argument_and_every_argument_an_option():
@@ -59,7 +60,7 @@ def test_every_option_is_an_argument_and_every_argument_an_option():
 
 def test_defaults_live_in_the_api():
     for name, option in decompose_options().items():
-        if name not in FILES:
+        if name not in FILES | {"rng"}:  # a command line that is typed twice gives the same numbers
             assert option.required or option.default == cli.ABSENT, name
 
 
@@ -88,6 +89,7 @@ def test_decompose_gives_what_the_api_gives(folder, capsys, simulated):
     lineage = cf.get.components(api).set_index("component").loc["lineage"]
     assert re.search(rf"^lineage +{re.escape(cli._short(lineage.variance))} .* {lineage.share:.3f} ", out, re.MULTILINE)
     assert re.search(r"^x +", out, re.MULTILINE)
+    assert re.search(r"^lengthscale_spatial +0.500 +\[0.500, 0.500\]$", out, re.MULTILINE)
     assert "cellfate:" not in out
 
 
@@ -102,9 +104,14 @@ def test_a_key_serves_as_tree_and_none_leaves_out(folder, capsys, simulated):
     assert set(cf.get.components(anndata.read_h5ad(folder / "out.h5ad"))["component"]) == {"lineage"}
 
 
-def test_the_input_is_overwritten_if_it_is_named_twice(folder, capsys):
+def test_the_input_is_overwritten_if_it_is_named_twice_and_that_is_asked_for(folder, capsys):
     arguments = "--fate fate --family bernoulli --tree none --groups clone --spatial none"
-    code, _, err = run(folder, f"decompose {{}}/in.h5ad {arguments} --out {{}}/in.h5ad", capsys)
+    before = (folder / "in.h5ad").read_bytes()
+    code, out, err = run(folder, f"decompose {{}}/in.h5ad {arguments} --out {{}}/in.h5ad", capsys)
+    assert (code, out) == (2, "")
+    assert "in.h5ad is the input: name another file, or give --overwrite" in err
+    assert (folder / "in.h5ad").read_bytes() == before
+    code, _, err = run(folder, f"decompose {{}}/in.h5ad {arguments} --out {{}}/in.h5ad --overwrite", capsys)
     assert code == 0, err
     assert "cellfate" in anndata.read_h5ad(folder / "in.h5ad").uns
 
@@ -119,7 +126,8 @@ WRONG = {
     "out of another format": (START + " --out {}/out.h5td", "differ in format: keep .h5ad"),
     "figure of no kind": (START + " --out {}/out.h5ad --figure {}/f.docx", "'.docx': a figure is one of .png"),
     "figure elsewhere": (START + " --out {}/out.h5ad --figure {}/no/f.png", "no folder .*/no for f.png"),
-    "no tree": (START + " --out {}/out.h5ad", "tree"),
+    "no tree": (START + " --out {}/out.h5ad", "in.h5ad holds no tree 'tree': give --tree FILE_OR_KEY, or --tree none"),
+    "out is there": (START + " --out {}/text.h5ad", "text.h5ad is there already: name another file, or give --overwrite"),
     "no such tree": (START + " --tree {}/t.nwk --out {}/out.h5ad", r"no such file and no such key; the data have uns \['truth'\]"),
     "broken tree": (START + " --tree {}/broken.nwk --out {}/out.h5ad", "parenthes"),
     "tree of others": (START + " --tree {}/other.nwk --out {}/out.h5ad", "cell"),
@@ -168,7 +176,7 @@ def test_a_failing_fit_leaves_older_results_alone(folder, capsys, monkeypatch):
 
     monkeypatch.setattr(cf.tl, "decompose", fail)
     (folder / "out.h5ad").write_text("older results")
-    code, _, err = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    code, _, err = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad --overwrite", capsys)
     assert (code, err) == (2, "cellfate: error: the fit failed\n")
     assert (folder / "out.h5ad").read_text() == "older results"
 
@@ -181,6 +189,79 @@ def test_a_bug_is_not_passed_off_as_bad_input(folder, monkeypatch):
     words = (START + " --tree {}/tree.nwk --out {}/out.h5ad").replace("{}", str(folder)).split()
     with pytest.raises(ZeroDivisionError):
         cli.main(words)
+
+
+class OutOfMemoryError(RuntimeError):  # torch.OutOfMemoryError cannot be made without a device
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError("Unable to allocate 3 GiB"), r"out of memory \(Unable to allocate 3 GiB\)\. Take fewer cells"),
+        (OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "out of memory"),
+        (torch.linalg.LinAlgError("linalg.cholesky: not positive-definite"), "a matrix could not be solved .*cholesky"),
+        (np.linalg.LinAlgError("SVD did not converge"), "a matrix could not be solved .SVD"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_line(folder, capsys, monkeypatch, error, text):
+    def fail(adata, fate, **_):
+        raise error
+
+    monkeypatch.setattr(cf.tl, "decompose", fail)
+    code, out, err = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.match(f"cellfate: error: {text}", err), err
+
+
+def test_other_runtime_errors_are_bugs(folder, monkeypatch):
+    def crash(adata, fate, **_):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(cf.tl, "decompose", crash)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main((START + " --tree {}/tree.nwk --out {}/out.h5ad").replace("{}", str(folder)).split())
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What the command passes on; nothing is fitted, written or printed."""
+    calls = []
+    monkeypatch.setattr(cf.tl, "decompose", lambda adata, fate, **options: calls.append((adata, options)))
+    monkeypatch.setattr(cli, "_print_tables", lambda adata, key: None)
+    return calls
+
+
+def test_a_tree_from_a_file_stands_beside_the_one_that_is_there(folder, capsys, caplog, called, simulated):
+    simulated.write_h5ad(folder / "in.h5ad")
+    code, _, _ = run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    assert code == 0
+    assert "uns['tree'] is left as it is: the tree of" in caplog.text
+    ((adata, options),) = called
+    assert options["lineage"] == "tree_tree"
+    assert adata.uns["tree"] == simulated.uns["tree"]
+    code, _, err = run(
+        folder, "decompose {}/out.h5ad --fate fate --family bernoulli --tree {}/tree.nwk --out {}/3.h5ad", capsys
+    )
+    assert code == 2
+    assert "give --tree tree_tree to use it" in err
+
+
+def test_groups_none_and_the_usual_seed(folder, capsys, called):
+    code, _, _ = run(folder, START + " --tree {}/tree.nwk --groups none --out {}/out.h5ad", capsys)
+    assert code == 0
+    assert called[0][1]["groups"] == []
+    assert called[0][1]["rng"] == 0
+
+
+def test_results_are_on_disk_before_they_are_on_screen(folder, capsys, called, monkeypatch):
+    def broken_pipe(adata, key):
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(cli, "_print_tables", broken_pipe)
+    run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
+    assert (folder / "out.h5ad").exists()
 
 
 def test_our_warnings_are_one_line_and_no_error(folder, capsys):
@@ -203,6 +284,7 @@ def test_demo_prints_truth_beside_estimate(tmp_path, capsys):
     row = cf.get.components(adata).set_index("component").loc["lineage"]
     words = next(line for line in out.splitlines() if line.startswith("variance lineage")).split()
     interval = f"[{cli._short(row.variance_lower)}, {cli._short(row.variance_upper)}]".split()
+    assert out.rstrip().endswith(cf.get.diagnostics(adata)["verdict"])
     assert words == ["variance", "lineage", cli._short(2.0), cli._short(row.variance), *interval]
 
 

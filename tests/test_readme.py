@@ -1,8 +1,13 @@
 """What the README says to type works, and is what continuous integration runs."""
 
+import io
+import os
 import re
+import subprocess
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import cellfate as cf
@@ -23,11 +28,49 @@ def test_ci_runs_the_commands_of_the_readme():
     assert f"readme_test() {{ {test}; }}" in ci
 
 
-def test_the_quick_start_runs():
-    (code,) = blocks("python")
+def test_the_quick_start_runs_and_gives_what_it_says():
+    (code,), (text,) = blocks("python"), blocks("text")
     names = {}
     exec(code, names)
-    assert names["adata"].uns["cellfate"]["components"]["variance"].notna().all()
+    adata = names["adata"]
+    verdict, *tables = text.strip().split("\n\n")
+    assert verdict == cf.get.diagnostics(adata)["verdict"]
+    getters = (cf.get.components, cf.get.fixed_effects, cf.get.hyperparameters)
+    for printed, getter in zip(tables, getters, strict=True):
+        shown = pd.read_csv(io.StringIO(printed), sep=r"\s+", index_col=0)
+        found = getter(adata).set_index(shown.index.name)
+        assert list(found.index) == list(shown.index)
+        # two digits are printed, and machines differ in a last digit that the search for the mode enlarges
+        np.testing.assert_allclose(shown, found[shown.columns], rtol=0.05, atol=0.03)
+
+
+def test_ci_finds_the_data_by_what_the_folder_holds(tmp_path):
+    """Two folders beside the repository are called data; one is the data. Where CELLFATE_DATA is set, that one counts."""
+    ci = (ROOT / ".ci" / "run").read_text()
+    (search,) = re.findall(r"^if \[\[ -z \"\$\{CELLFATE_DATA.*?^fi$", ci, re.DOTALL | re.MULTILINE)
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "a" / "data").mkdir(parents=True)
+    data = tmp_path / "b" / "data"
+    (data / "ascidian_embryos").mkdir(parents=True)
+    (data / "README.md").touch()
+    script = f'set -euo pipefail; {search}\necho "${{CELLFATE_DATA:-none}}"'
+
+    def found(**variables):
+        environment = {"PATH": os.environ["PATH"], **variables}
+        run = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path / "repository",
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return run.stdout.strip()
+
+    assert found() == str(data)
+    assert found(CELLFATE_DATA="/elsewhere") == "/elsewhere"
+    (data / "README.md").unlink()
+    assert found() == "none"
 
 
 def test_the_options_in_the_readme_exist():

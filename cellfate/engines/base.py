@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate.kernels.base import Term
+from cellfate.kernels.base import Component, Term
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,6 @@ class Sites:
 
     precision: Tensor
     shift: Tensor
-
-    def toward(self, other: Sites, step: Tensor) -> Sites:
-        """The sites a fraction `step` (...,) of the way to `other`."""
-        rho = step[..., None]
-        return Sites(
-            torch.lerp(self.precision, other.precision, rho.expand_as(self.precision)),
-            torch.lerp(self.shift, other.shift, rho.expand_as(self.shift)),
-        )
 
     def where(self, keep: Tensor, other: Sites) -> Sites:
         """These sites where `keep` (...,), the others elsewhere."""
@@ -113,6 +106,10 @@ class Engine(ABC):
     @abstractmethod
     def select(self, prior: object, index: Tensor) -> object:
         """The prepared prior at some of the batch."""
+
+    @abstractmethod
+    def at(self, components: Sequence[Component], cells: np.ndarray) -> Engine:
+        """The same engine for the same components over some of the cells."""
 
     @abstractmethod
     def points_at_once(self, memory: float) -> int:

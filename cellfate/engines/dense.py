@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from cellfate.engines.blocks import Blocks, connect
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
 
-UNSEEN = 1e-8  # site precision below which a cell is as good as unobserved
+UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
 WEAK = 1e-4  # below this share of information from its own site, a cell's variance is computed without a difference
 JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it
 
@@ -43,7 +44,7 @@ def invert_lower(lower: Tensor, leaf: int = 128) -> Tensor:
 
 @dataclass
 class DensePrior:
-    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m).
+    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m); `slots`: whose they are.
 
     `terms` and `units`: the components it was made of, with their covariances at variance 1 per stack.
     """
@@ -51,6 +52,7 @@ class DensePrior:
     blocks: list[Tensor]
     columns: Tensor
     spectrum: Tensor
+    slots: dict[str, slice]
     terms: tuple[Term, ...]
     units: dict[str, list[Tensor]]
 
@@ -70,6 +72,7 @@ class DenseEngine(Engine):
         self._kernels = kernels
         self._geometry: dict[str, list] = {}
         self._constant: dict[str, list[Tensor]] = {}
+        self._basis_inside: dict[str, bool] = {}
         self._factors: dict[str, list[Tensor]] = {}
 
     # -- the prior -----------------------------------------------------------------------------------------------------
@@ -80,10 +83,10 @@ class DenseEngine(Engine):
             return True
         if term.name not in self._kernels:
             return False
-        if self.blocks.count == 1:
-            return True
-        touched = sum((part != 0).any(-2).sum(-2) for part in self.blocks.gather(term.structure.phi))
-        return bool((torch.as_tensor(touched) <= 1).all())
+        if term.name not in self._basis_inside:
+            touched = sum((part != 0).any(-2).sum(-2) for part in self.blocks.gather(term.structure.phi))
+            self._basis_inside[term.name] = bool((torch.as_tensor(touched) <= 1).all())
+        return self._basis_inside[term.name]
 
     def _unit(self, term: Term) -> list[Tensor]:
         """The component's covariance at variance 1, per stack."""
@@ -101,6 +104,7 @@ class DenseEngine(Engine):
         if term.normalized:
             unit = self._normalize(term, unit)
         if all(h.fixed is not None for h in self._kernels[term.name].hyperparameters):
+            unit = [k[0] if k.ndim > 3 else k for k in unit]  # the same at every point
             self._constant[term.name] = unit
         return unit
 
@@ -109,23 +113,27 @@ class DenseEngine(Engine):
         total = sum(k.sum((-3, -2, -1)) for k in unit)
         scale = sample_variance(torch.as_tensor(trace), torch.as_tensor(total), self.n)
         if not bool((scale > 1e-12 * torch.as_tensor(trace) / self.n).all()):
-            raise DataError(f"component {term.name!r} is constant over the cells: it cannot explain any variation.")
+            raise DataError(
+                f"component {term.name!r} is constant over the cells: it cannot explain any variation. Leave it out, or, for a "
+                "spatial field, give a `lengthscale` well below the extent of the tissue."
+            )
         return [k / scale[..., None, None, None] for k in unit]
 
     def covariance(self, term: Term) -> list[Tensor]:
         """Covariance of a component inside the blocks, per stack (..., blocks, s, s)."""
         return [term.variance[..., None, None, None] * k for k in self._unit(term)]
 
-    def _shared(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-        """Columns Z (n, m) and spectrum (..., m) of the components that cross blocks."""
-        phi, spectrum = [self.like.new_zeros(self.n, 0)], [self.like.new_zeros(0)]
+    def _shared(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor, dict[str, slice]]:
+        """Columns Z (n, m) and spectrum (..., m) of the components that cross blocks, and where those of each stand."""
+        phi, spectrum, slots, width = [self.like.new_zeros(self.n, 0)], [self.like.new_zeros(0)], {}, 0
         for term in terms:
             if not self._inside(term):
                 assert isinstance(term.structure, Basis)
+                slots[term.name] = slice(width, width := width + term.structure.phi.shape[1])
                 phi.append(term.structure.phi)
                 spectrum.append(term.variance[..., None] * term.structure.spectrum)
         batch = torch.broadcast_shapes(*(s.shape[:-1] for s in spectrum))
-        return torch.cat(phi, -1), torch.cat([s.expand(*batch, -1) for s in spectrum], -1)
+        return torch.cat(phi, -1), torch.cat([s.expand(*batch, -1) for s in spectrum], -1), slots
 
     def prepare(self, terms: Sequence[Term]) -> DensePrior:
         units = {term.name: self._unit(term) for term in terms if self._inside(term)}
@@ -140,12 +148,15 @@ class DenseEngine(Engine):
         assert isinstance(prior, DensePrior)
         blocks = [k[index] if k.ndim > 3 else k for k in prior.blocks]
         spectrum = prior.spectrum[index] if prior.spectrum.ndim > 1 else prior.spectrum
-        return DensePrior(blocks, prior.columns, spectrum, (), {})
+        return DensePrior(blocks, prior.columns, spectrum, prior.slots, (), {})
 
     def condition(self, terms: Sequence[Term], sites: Sites, prior: object | None = None) -> DensePosterior:
         prepared = self.prepare(terms) if prior is None else prior
         assert isinstance(prepared, DensePrior)
         return DensePosterior(self, prepared, sites)
+
+    def at(self, components: Sequence[Component], cells: np.ndarray) -> DenseEngine:
+        return DenseEngine(components, len(cells), device=self.like.device, dtype=self.like.dtype)
 
     def points_at_once(self, memory: float) -> int:
         return max(1, int(memory / self.bytes_per_point()))
@@ -194,7 +205,9 @@ class DensePosterior(Posterior):
         u = self._block_residual(zs)
         capacity = zs.mT @ u
         capacity = capacity + torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        factor = torch.linalg.cholesky(capacity)
+        factor, info = torch.linalg.cholesky_ex(capacity)
+        factor = torch.where((info != 0)[..., None, None], torch.full_like(factor, torch.nan), factor)
+        self._capacity = factor
         self.log_det = log_det + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
         def by_factor(x: Tensor) -> Tensor:
@@ -203,12 +216,14 @@ class DensePosterior(Posterior):
         self._v = by_factor(u)
         self._whitened = by_factor(self._blockwise(lambda w, low, _k, x: low.mT @ (low @ (w * x)), zs))  # W^-1 V
         tau = sites.precision[..., None]
-        self._seen = tau > UNSEEN
+        information = tau * blocks.scatter([k.diagonal(dim1=-2, dim2=-1)[..., None] for k in prior.blocks])
+        self._seen = (tau > 0) & (information >= UNSEEN * information.amax(-2, keepdim=True))
         self._apart = torch.where(self._seen, tau, torch.ones_like(tau)).sqrt()
         self._e = torch.where(self._seen, self._whitened / self._apart, by_factor(zs - self._block_prior(u)))
 
         shift = sites.shift[..., None]
         self.mean = self.smooth(shift)[..., 0]
+        self._pull = zs.mT @ self._block_resolve(shift)
         # K^-1 mean = (I + T K)^-1 shift; neither is taken from the other, a wide prior or a small noise would cost digits
         scaled = torch.where(self._seen, shift / self._apart, 0.0)
         unseen = torch.where(self._seen, 0.0, shift)
@@ -336,7 +351,7 @@ class DensePosterior(Posterior):
             bar = cotangent(i)
             for term, unit in inside:
                 total = total + term.variance * (bar * unit[i]).sum((-3, -2, -1))
-        columns, spectrum = engine._shared(terms)
+        columns, spectrum, _ = engine._shared(terms)
         if columns.shape[1]:
             rz = self.residual(columns)
             zb = columns.mT @ b
@@ -384,6 +399,12 @@ class DensePosterior(Posterior):
         assert isinstance(term.structure, Basis)
         phi = term.structure.phi
         spectrum = (term.variance[..., None] * term.structure.spectrum).expand(*self.mean.shape[:-1], -1)
+        if not self.engine._inside(term):
+            # by the capacity matrix: the difference below has no digits left where a prior is wide
+            own, root = self.prior.slots[term.name], spectrum.sqrt()
+            inverse = torch.cholesky_inverse(self._capacity)
+            mean = root * (inverse[..., own, :] @ self._pull)[..., 0]
+            return mean, root[..., :, None] * inverse[..., own, own] * root[..., None, :]
         mean = spectrum * (phi.mT @ self.weights[..., None])[..., 0]
         inner = phi.mT @ self.residual(phi.expand(*self.mean.shape[:-1], *phi.shape))
         covariance = torch.diag_embed(spectrum) - spectrum[..., :, None] * inner * spectrum[..., None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,33 @@ def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _table(adata, key, _keys.DRAWS).reset_index(drop=True)
 
 
+def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """What shapes the components, besides their variances, one row each.
+
+    Needs :func:`cellfate.tl.decompose`. Rows are those of `lengthscale_spatial` (units of the coordinates), `alpha_lineage`
+    (ou, with `half_life_lineage` = ln 2 / alpha, in units of branch length), `lambda_lineage` (pagel), `rate_lineage`
+    (early_burst) and `dispersion` (negative_binomial) that the model has; none for some. One that was held has an interval
+    of no width.
+
+    Returns
+    -------
+    Columns `term`, `median`, `mean`, `sd`, `lower` and `upper` (95% interval), from the posterior draws.
+    """
+    table = draws(adata, key)
+    found: dict[str, pd.Series] = {}
+    for name in table.columns:
+        if name.startswith(("variance_", "share_", "beta[")):
+            continue
+        found[name] = table[name]
+        if name.startswith("alpha_"):
+            found[f"half_life_{name.removeprefix('alpha_')}"] = math.log(2) / table[name]
+    rows = [
+        (name, x.median(), x.mean(), x.std(ddof=0), x.quantile(0.025), x.quantile(0.975)) for name, x in found.items()
+    ]
+    columns = ["term", "median", "mean", "sd", "lower", "upper"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[1:], float))
+
+
 def fixed_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Coefficients of the formula on link scale: `term`, `estimate`, `sd`, `lower`, `upper` (95% interval).
 
@@ -84,7 +112,29 @@ def params(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
 
 
 def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
-    """Return how the fit went: status, k-hat, engine, seconds, how far the components could be told apart."""
+    """Return how the fit went, by name.
+
+    Needs :func:`cellfate.tl.decompose`.
+
+    Returns
+    -------
+    `verdict`
+        In words, whether these data tell ancestry and neighborhood apart: clear, partial, weak or confounded.
+    `correlation_variances`
+        Rank correlation of the two variances over the posterior draws. Near -1, the data know their sum better than either.
+    `status`
+        ``"converged"``, or every doubt about the fit; each was a warning, too.
+    `pareto_k`
+        k-hat of the importance weights behind the draws: below 0.7 the intervals are to be trusted.
+    `effective_draws`
+        How many independent draws the intervals are worth.
+    `interpolation_error`
+        Of the log posterior between the points at which it was evaluated, in nats; large means rough intervals.
+    `evaluations`
+        Points at which the free energy was computed.
+    `engine`, `engine_reason`, `seconds`
+        What solved the Gaussian problems, why it was chosen, and the time of the whole fit.
+    """
     return dict(_results(adata, key).get(_keys.DIAGNOSTICS, {}))
 
 

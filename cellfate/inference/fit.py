@@ -14,19 +14,30 @@ from scipy.stats import spearmanr
 
 from cellfate._runtime import SeedLike, generator, logger, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
-from cellfate.engines.choose import choose
-from cellfate.errors import CellfateWarning, DataError
+from cellfate.engines.choose import NOT_YET, choose
+from cellfate.errors import CellfateWarning, DataError, unknown
+from cellfate.inference.arrays import checked_priors, named_components, numbers, term_names
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
 from cellfate.inference.mode import Mode, find_mode
 from cellfate.inference.sites import RULES, Rule
 from cellfate.inference.variational_laplace import Status
-from cellfate.kernels.base import Component, Given, Kernel
-from cellfate.model.families import Outcome, get_family
+from cellfate.kernels.base import Component, Kernel
+from cellfate.model.checks import (
+    check_design,
+    check_log_offset,
+    check_response,
+    find_family,
+    warn_of_two_values,
+)
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from cellfate.model.partition import LATENT, partition, rows, summary
 
 MUST_SETTLE = 0.95  # of the points' site updates, or a warning
+FEW_DRAWS = 200
+DOUBTFUL_ERROR = 0.5  # of the interpolated log posterior, in nats
+ENGINES = ("auto", "dense")
 EXACT = 1e-8  # of site updates at given hyperparameters
 
 
@@ -43,9 +54,16 @@ class Evaluated:
     status: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GLMMFit:
-    """A fitted model: what is reported, as plain arrays and columns of tables."""
+    """A fitted model: what is reported, as plain arrays and columns of tables.
+
+    components, shares: columns of tidy tables, a row per scale ("latent", "link", "realized") and component: posterior mean,
+    sd and 95% interval. fixed_effects: a row per column of X, on link scale. draws: posterior draws by name, such as
+    `variance_lineage`, `lengthscale_spatial`, `share_lineage`, `beta[x0]`. effects: component -> posterior mean and sd (n,).
+    mode: hyperparameters at their posterior mode, with the `free_energy` there. log_evidence: of the whole model.
+    diagnostics: see :func:`cellfate.get.diagnostics`.
+    """
 
     components: dict[str, list]
     shares: dict[str, list]
@@ -57,23 +75,54 @@ class GLMMFit:
     log_evidence: float
     diagnostics: dict[str, Any]
 
+    def __repr__(self) -> str:
+        columns = (self.shares[c] for c in ("scale", "component", "share", "share_lower", "share_upper"))
+        shares = [
+            f"{name} {share:.2f} [{low:.2f}, {high:.2f}]"
+            for scale, name, share, low, high in zip(*columns, strict=True)
+            if scale == LATENT
+        ]
+        return f"GLMMFit({', '.join(shares)}; {self.diagnostics['status']})"
+
 
 class GLMM:
     """Generalized linear mixed model with structured covariances, on arrays.
 
     Parameters
     ----------
-    family
-        Name of the family, with its `link`.
+    family, link
+        As in :func:`cellfate.tl.decompose`.
     components
-        Name -> kernel (:mod:`cellfate.kernels`) or covariance matrix (n, n), or a list of
-        :class:`cellfate.kernels.base.Component`.
+        Name -> kernel (:mod:`cellfate.kernels`) or covariance matrix (n, n), which is scaled so that its variance is the one
+        expected among these cells; or a list of :class:`cellfate.kernels.Component`. The names of ancestry and neighborhood
+        are `lineage` and `spatial`; `fixed`, `residual`, `distribution` and `shared` are rows of the tables.
     priors
         See :func:`cellfate.tl.decompose`.
     reml
         Integrate the fixed effects out; otherwise they are maximized with the hyperparameters.
     method
         ``"variational"``, ``"laplace"`` or ``"ep"``.
+    engine
+        ``"auto"`` or ``"dense"``.
+    device, dtype
+        Where and in what to compute: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``; ``"float64"`` or ``"float32"``.
+        Tensors are taken from any device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cellfate as cf
+    >>> from cellfate.kernels import Matern32
+    >>> rng = np.random.default_rng(0)
+    >>> sisters = np.kron(np.eye(15), np.ones((4, 4)))  # families of four: a covariance matrix
+    >>> positions = rng.normal(size=(60, 2))
+    >>> y = 3 + np.repeat(rng.normal(size=15), 4) + 0.5 * rng.normal(size=60)
+    >>> glmm = cf.GLMM("gaussian", {"lineage": sisters, "spatial": Matern32(positions)})
+    >>> fit = glmm.fit(y, np.ones((60, 1)), terms=["Intercept"], rng=0)
+    >>> fit.shares["component"][:3]
+    ['lineage', 'spatial', 'residual']
+    >>> sorted(fit.mode)
+    ['lengthscale_spatial', 'variance_lineage', 'variance_residual', 'variance_spatial']
     """
 
     def __init__(
@@ -89,12 +138,14 @@ class GLMM:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float64",
     ) -> None:
-        self.family = get_family(family, link)
-        self.components = _components(components)
-        self.priors, self.reml = dict(priors or {}), reml
-        self.rule = _rule(method)
-        self.engine_name = engine
+        self.family = find_family(family, link)
         self.device, self.dtype = resolve_device(device), resolve_dtype(dtype)
+        self.components = named_components(components, self.device)
+        self.priors, self.reml = checked_priors(priors, self.components), reml
+        self.rule = _rule(method)
+        if engine not in (*ENGINES, *NOT_YET):
+            raise unknown("engine", engine, ENGINES)
+        self.engine_name = engine
         self._problem: tuple[Model, Engine, str] | None = None
 
     def fit(
@@ -110,16 +161,18 @@ class GLMM:
     ) -> GLMMFit:
         """Estimate the hyperparameters and partition the variance.
 
-        y: (n,); X: (n, p) fixed effects, none where it is None; offset: (n,), known, on link scale; trials: (n,) for a
-        binomial family. Warns where the answer is not to be trusted; the reasons are in `diagnostics`.
+        y: (n,), 0 and 1 for bernoulli. X: (n, p) fixed effects with `terms` as the names of its columns; None means none, not
+        even an intercept: for one, give a column of ones. offset: (n,), known, on link scale. trials: (n,) or one number, for
+        binomial. response: what to call y in tables and messages. Warns where the answer is not to be trusted; the reasons
+        are in `diagnostics`.
         """
         began = time.perf_counter()
-        model, engine, why = self._problem = self._build(y, X, offset, trials, terms)
+        model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response)
         logger.info("%s", why)
         mode = find_mode(model, engine, self.rule)
         posterior = integrate(model, engine, self.rule, mode, generator(rng))
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
-        components, shares = rows(response, scales)
+        components, shares = rows(model, response, scales)
         diagnostics = _diagnose(model, mode, posterior, scales[LATENT])
         diagnostics |= {"engine": engine.name, "engine_reason": why, "seconds": time.perf_counter() - began}
         return GLMMFit(
@@ -168,45 +221,41 @@ class GLMM:
         return Evaluated(free_energy, mean, variance, worst.sentence)
 
     def _build(
-        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None
+        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str = "y"
     ) -> tuple[Model, Engine, str]:
-        y = self._tensor("y", y, 1)
-        n = len(y)
-        design = y.new_zeros(n, 0) if X is None else self._tensor("X", X, 2, n)
-        known = y.new_zeros(n) if offset is None else self._tensor("offset", offset, 1, n)
-        outcome = Outcome(y, None if trials is None else self._tensor("trials", trials, 1, n))
-        if self.family.kind == "successes" and trials is None:
+        kind = self.family.kind
+        response_ = numbers(response, y, 1)
+        n = len(response_)
+        rows_ = np.arange(n)  # how cells are called in a message
+        if kind == "successes" and trials is None:
             raise DataError("family 'binomial' needs `trials`, the number of trials behind each y.")
-        names = tuple(f"x{i}" for i in range(design.shape[1])) if terms is None else tuple(terms)
-        model = Model(self.family, self.components, Data(outcome, design, names, known), self.priors, self.reml)
+        if kind != "successes" and trials is not None:
+            raise DataError(
+                f"trials was given, but family {self.family.name!r} has none; leave it out or use 'binomial'."
+            )
+        total = None if trials is None else numbers("trials", trials, 1, n)
+        check_response(response_, rows_, response, kind=kind, trials=total)
+        design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
+        names = term_names(terms, design.shape[1])
+        if names:
+            check_design(design, names, rows_, "X")
+        known = np.zeros(n) if offset is None else numbers("offset", offset, 1, n)
+        if kind == "count":
+            check_log_offset(known, "offset")
+            warn_of_two_values(response_, response, self.family.name)
+        outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total))
+        data = Data(outcome, self._tensor(design), names, self._tensor(known))
+        model = Model(self.family, self.components, data, self.priors, self.reml)
         engine, why = choose(self.engine_name, self.components, n, device=self.device, dtype=self.dtype)
         return model, engine, why
 
-    def _tensor(self, name: str, x: Any, ndim: int, n: int | None = None) -> torch.Tensor:
-        out = torch.as_tensor(np.asarray(x, dtype=np.float64)).to(self.device, self.dtype)
-        if out.ndim != ndim or (n is not None and len(out) != n):
-            raise DataError(f"{name} has shape {tuple(out.shape)}, wanted {ndim} dimensions and {n or 'n'} rows.")
-        if not bool(out.isfinite().all()):
-            raise DataError(f"{name} has {int((~out.isfinite()).sum())} values that are NaN or infinite.")
-        return out
-
-
-def _components(components: Any) -> tuple[Component, ...]:
-    if isinstance(components, Mapping):
-        pairs = ((k, v if isinstance(v, Kernel) else Given(torch.as_tensor(v))) for k, v in components.items())
-        components = [Component(name, kernel) for name, kernel in pairs]
-    found = tuple(components)
-    if not found:
-        raise DataError("there are no components to partition the variation into; give at least one.")
-    names = [component.name for component in found]
-    if len(set(names)) < len(names):
-        raise DataError(f"component names repeat: {names}.")
-    return found
+    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(x).to(self.device, self.dtype)
 
 
 def _rule(method: str) -> Rule:
     if method not in RULES:
-        raise DataError(f"unknown method {method!r}; choose from {', '.join(sorted(RULES))}.")
+        raise unknown("method", method, sorted(RULES))
     return RULES[method]()
 
 
@@ -245,6 +294,13 @@ def _diagnose(model: Model, mode: Mode, posterior: Hyperposterior, parts: Mappin
         doubts.append(
             f"k-hat is {posterior.pareto_k:.2f}, above {LARGEST_K}: the intervals rest on few of the evaluated points"
         )
+    if posterior.interpolation_error > DOUBTFUL_ERROR:
+        doubts.append(
+            f"between evaluated points the log posterior is known to {posterior.interpolation_error:.2f} only: the intervals are "
+            "rough"
+        )
+    if posterior.effective_draws < FEW_DRAWS:
+        doubts.append(f"the intervals rest on {posterior.effective_draws:.0f} effective draws")
     if posterior.unsettled > (1 - MUST_SETTLE) * posterior.evaluations:
         doubts.append(f"site updates did not settle at {posterior.unsettled} of {posterior.evaluations} points")
     if mode.at_bound:
@@ -258,6 +314,7 @@ def _diagnose(model: Model, mode: Mode, posterior: Hyperposterior, parts: Mappin
         "status": "; ".join(doubts) or "converged",
         "pareto_k": posterior.pareto_k,
         "interpolation_error": posterior.interpolation_error,
+        "effective_draws": posterior.effective_draws,
         "evaluations": mode.evaluations + posterior.evaluations,
         "correlation_variances": correlation,
         "verdict": verdict,

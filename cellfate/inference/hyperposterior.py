@@ -2,8 +2,8 @@
 
 The weights are importance ratios, Pareto-smoothed. Between the evaluated points the log ratio of posterior to proposal is smooth
 (in coordinates in which an absent component is an ordinary point), so that many more draws than evaluations can be taken from an
-interpolant, once a second batch has filled the gaps that matter. The interpolant's error at points left out is reported, and where
-it is not small the evaluated points are used alone.
+interpolant, once more batches have filled the gaps that matter. The interpolant's error at points left out is reported, and where
+it stays large the evaluated points are used alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 from cellfate._runtime import progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
-from cellfate.inference.importance import FoldedT, Surface, pareto_smooth, systematic, uniforms
+from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
 from cellfate.inference.mode import MEMORY, Mode
 from cellfate.inference.sites import Laplace, Likelihood, Rule
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
+from cellfate.model.priors import Flat
 
-LOOSE = 0.05  # of site updates where only the free energy counts: it is off by about the square
+LOOSE = 0.05  # of site updates where only the free energy counts, in nats
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
@@ -33,8 +34,10 @@ CLOUD = 2**14  # draws weighted by the interpolant
 DRAWS = 4000  # equally weighted, kept
 FIELDS = 16  # draws of the fields at each point, for realized variances and the spread of effects
 LARGEST_K = 0.7
-LARGEST_ERROR = 0.3  # of the interpolant, in log density
-ROUNDS = 3
+LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
+USELESS = 1.0  # error from which on the interpolant is not used at all
+ROUNDS = 3  # of proposals
+FILLS = 5  # of gaps
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Hyperposterior:
     log_evidence: float
     pareto_k: float
     interpolation_error: float
+    effective_draws: float  # draws that a plain sample would need for the same precision
     evaluations: int
     unsettled: int  # points whose site updates did not converge
 
@@ -100,7 +104,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     if d == 0:
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
-        return _summarize(model, points, np.ones(1), draws, (mode.free_energy, -np.inf, 0.0), rng)
+        return _summarize(model, points, np.ones(1), draws, _Diagnostics(mode.free_energy, -np.inf, 0.0, DRAWS), rng)
     count = 48 if d <= 3 else 96 if d <= 5 else 192
     if engine.points_at_once(MEMORY) >= MANY:
         count = min(2 * count, 256)  # where points are cheap
@@ -109,9 +113,12 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     proposals: list[FoldedT] = []
     parts: list[_Points] = []
     counts: list[int] = []
+    kept: list[float] = []  # share of the draws that lies within the bounds
     while True:
         proposals.append(FoldedT(location, INFLATE * scale, folded))
-        u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))[: count - fill]
+        u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))
+        kept.append(len(u) / (4 * count))
+        u = u[: count - fill]
         counts.append(len(u))
         parts.append(_evaluate(model, engine, rule, mode, u, rng))
         points = _Points.join(parts)
@@ -121,20 +128,34 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
     drawn = points
-    for _ in range(ROUNDS if np.isfinite(cloud.error) else 0):
+    for _ in range(FILLS if np.isfinite(cloud.error) else 0):
         parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill), rng))
         points = _Points.join(parts)
         cloud.fit(points)
         if cloud.error <= LARGEST_ERROR:
-            diagnostics = (cloud.log_evidence, cloud.pareto_k, cloud.error)
-            return _summarize(model, points, cloud.mass, cloud.draws(rng), diagnostics, rng)
+            break
+    if cloud.error <= USELESS:
+        return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
     points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
     log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf)
     log_weight, k = pareto_smooth(log_ratio)
     chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
     draws = _with_beta(points.u[chosen], points.beta[chosen], points.beta_factor[chosen], rng)
-    log_evidence = float(logsumexp(log_ratio) - np.log(len(log_ratio)))
-    return _summarize(model, points, np.exp(log_weight), draws, (log_evidence, k, cloud.error), rng)
+    log_evidence = float(logsumexp(log_ratio) - np.log(len(log_ratio) / np.mean(kept)))
+    diagnostics = _Diagnostics(log_evidence, k, cloud.error, effective(log_weight))
+    return _summarize(model, points, np.exp(log_weight), draws, diagnostics, rng)
+
+
+@dataclass(frozen=True)
+class _Diagnostics:
+    log_evidence: float
+    pareto_k: float
+    interpolation_error: float
+    effective_draws: float
+
+
+def _diagnosed(cloud: _Cloud) -> _Diagnostics:
+    return _Diagnostics(cloud.log_evidence, cloud.pareto_k, cloud.error, cloud.effective_draws)
 
 
 class _Cloud:
@@ -154,7 +175,7 @@ class _Cloud:
         # neighbors in space are neighbors in order, so that systematic resampling spreads over the space
         self._u = u[KDTree(self._whiten(u), leafsize=1).indices]
         self._z = self._whiten(self._u)
-        self.error, self.log_evidence, self.pareto_k = np.inf, np.nan, np.inf
+        self.error, self.log_evidence, self.pareto_k, self.effective_draws = np.inf, np.nan, np.inf, 0.0
 
     def _whiten(self, u: np.ndarray) -> np.ndarray:
         return np.linalg.solve(self._scale, (u - self._centre).T).T
@@ -170,14 +191,19 @@ class _Cloud:
         z = self._whiten(points.u[good])
         surface = Surface(z, values)
         self._found = surface(self._z)
+        influence = Surface(z, np.eye(len(z)))(
+            self._z
+        )  # of each point on the interpolant: for integrals of what is kept there
         # where it extrapolates, the ratio is not trusted to be much above what was seen
         log_weight = np.minimum(self._found[:, 0], log_ratio[good].max() + 1.0)
         self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
         smoothed, self.pareto_k = pareto_smooth(log_weight)
-        self._weight = np.exp(smoothed)
+        self._weight, self.effective_draws = np.exp(smoothed), effective(smoothed)
         self._distance, nearest = KDTree(z).query(self._z)
         self.mass = np.zeros(len(good))  # posterior mass nearest to each evaluated point
         self.mass[good] = np.bincount(nearest, self._weight, minlength=int(good.sum()))
+        self.quadrature = np.zeros(len(good))
+        self.quadrature[good] = self._weight @ influence
         self.error = surface.error(self.mass[good])
         return True
 
@@ -280,7 +306,11 @@ def _beta(model: Model, here: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     for term in here.terms:
         if term.name == FIXED:
             mean, covariance = here.posterior.coefficients(term)
-            return mean.cpu().numpy(), torch.linalg.cholesky(covariance).cpu().numpy()
+            sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+            correlation = covariance / (sd[..., :, None] * sd[..., None, :])
+            factor, info = torch.linalg.cholesky_ex(correlation)
+            factor = torch.where((info != 0)[:, None, None], torch.full_like(factor, torch.nan), factor)
+            return mean.cpu().numpy(), (sd[..., None] * factor).cpu().numpy()
     beta = np.zeros((points, p)) if here.theta.beta is None else here.theta.beta.cpu().numpy()
     return beta, np.zeros((points, p, p))
 
@@ -296,26 +326,31 @@ def _summarize(
     points: _Points,
     weight: np.ndarray,
     draws: tuple[np.ndarray, np.ndarray],
-    diagnostics: tuple[float, float, float],
+    diagnostics: _Diagnostics,
     rng: np.random.Generator,
+    quadrature: np.ndarray | None = None,
 ) -> Hyperposterior:
-    effects = {}
+    """Mixtures over the points: means with the weights of an interpolant through them, if any, spreads with weights that are positive."""
+    proper = not any(isinstance(p.prior, Flat) for p in model.parameters)  # a flat prior has no evidence
+    effects, used = {}, weight > 0  # a point whose updates failed has no weight, and numbers that are none
     for name, mean in points.means.items():
-        average = weight @ mean
-        effects[name] = (average, np.sqrt(weight @ (points.spreads[name] + (mean - average) ** 2)))
+        average = (
+            weight[used] @ mean[used] if quadrature is None else quadrature @ np.where(quadrature[:, None], mean, 0.0)
+        )
+        effects[name] = (average, np.sqrt(weight[used] @ (points.spreads[name][used] + (mean[used] - average) ** 2)))
 
     pick = systematic(np.repeat(weight, FIELDS), DRAWS, rng)
     u, beta = draws
     theta = model.theta(torch.as_tensor(u).to(model.data.offset))
-    log_evidence, k, error = diagnostics
     return Hyperposterior(
         values={name: value.cpu().numpy() for name, value in theta.values.items()},
         beta=beta,
         effects=effects,
         realized={name: x.reshape(-1)[pick] for name, x in points.realized.items()},
-        log_evidence=log_evidence,
-        pareto_k=float(k),
-        interpolation_error=error,
+        log_evidence=diagnostics.log_evidence if proper else np.nan,
+        pareto_k=float(diagnostics.pareto_k),
+        interpolation_error=diagnostics.interpolation_error,
+        effective_draws=diagnostics.effective_draws,
         evaluations=len(points.u),
         unsettled=points.unsettled,
     )

@@ -87,6 +87,11 @@ def _generalized_pareto(x: np.ndarray) -> tuple[float, float]:
     return (n * k_hat + 5.0) / (n + 10.0), sigma
 
 
+def effective(log_weight: np.ndarray) -> float:
+    """Effective number of draws of normalized log weights."""
+    return float(np.exp(-logsumexp(2 * log_weight)))
+
+
 def systematic(weight: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Indices (count,) resampled in proportion to `weight`, with one random number."""
     edges = np.cumsum(weight / weight.sum())

@@ -27,7 +27,8 @@ def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-7, i
         norm = w.norm(dim=-1)
         hessenberg[:, k + 1, k] = norm
         h = hessenberg[:, : k + 2, : k + 1]
-        y = torch.linalg.lstsq(h, unit[:, : k + 2], driver="gelsd" if b.device.type == "cpu" else None).solution
+        # on the CPU, whose driver knows a right-hand side of zero
+        y = torch.linalg.lstsq(h.cpu(), unit[:, : k + 2].cpu(), driver="gelsd").solution.to(b.device)
         residual = (h @ y - unit[:, : k + 2]).norm(dim=(-2, -1))
         if bool((residual <= rtol).all()):
             break

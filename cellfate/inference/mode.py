@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
-from cellfate.engines.dense import DenseEngine
 from cellfate.inference.free_energy import Evaluation, evaluate, evaluate_with_gradient
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
@@ -20,7 +19,7 @@ COARSE = 1e-3  # the same, far from the mode
 CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
-FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on every THIN-th cell
+FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
 
 
@@ -82,12 +81,14 @@ def _best_start(model: Model, engine: Engine, rule: Rule, first: Tensor) -> tupl
 
 
 def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
-    """Where to begin. Where a point is dear, the mode of every k-th cell is found first, at a k-th of the size."""
-    if engine.points_at_once(MEMORY) >= FEW or not len(model.parameters):
+    """Where to begin. Where a point is dear, the mode for some of the cells is found first."""
+    integrated = model.reml or not model.data.terms  # a flat slope may run away on a few cells
+    if engine.points_at_once(MEMORY) >= FEW or not len(model.parameters) or not integrated:
         return _best_start(model, engine, rule, model.start())
-    every = np.arange(0, model.data.n, THIN)
-    thin = model.at(every)
-    small = DenseEngine(thin.components, len(every), device=model.data.offset.device, dtype=model.data.offset.dtype)
+    # at random, or cells that come in turns would be thinned to one of them; the seed only makes a fit repeatable
+    some = np.sort(np.random.default_rng(0).permutation(model.data.n)[: model.data.n // THIN])
+    thin = model.at(some)
+    small = engine.at(thin.components, some)
     u = _ascend(thin, small, rule, *_start(thin, small, rule)).u
     low, high = _bounds(model, u)
     u = torch.minimum(torch.maximum(u, low), high)
@@ -162,7 +163,7 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
             break
         curvature = _bfgs(curvature, (point - u) / unit, slope - its_gradient[0] * unit)
         u, sites, value, gradient = point, its_sites, its_value, its_gradient
-    folded = torch.tensor([p.scale == "sd" for p in model.parameters], device=u.device) & (u < 0)
+    folded = torch.tensor([p.scale == "sd" for p in model.parameters], dtype=torch.bool, device=u.device) & (u < 0)
     return _Ascent(
         torch.where(folded, -u, u), sites, torch.where(folded, -gradient[0], gradient[0]), count, converged, message
     )

@@ -72,6 +72,10 @@ class Rule(ABC):
     @abstractmethod
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor: ...
 
+    def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
+        """First-order change (points,) of the free energy as the posterior takes a small step; none where it is stationary."""
+        return posterior.mean.new_zeros(posterior.mean.shape[:-1])
+
     @abstractmethod
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior
@@ -96,6 +100,11 @@ class Laplace(Rule):
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         return self.update(likelihood, posterior).objective - 0.5 * posterior.log_det
+
+    def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
+        return 0.5 * (variance_step / posterior.variance.clamp(min=torch.finfo(mean_step.dtype).tiny)).sum(
+            -1
+        )  # -d log|B| / 2 = -v' d tau / 2
 
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior
@@ -129,17 +138,22 @@ class Variational(Rule):
         correction = likelihood.correction(posterior.mean, posterior.variance)
         return (e.value + correction).sum(-1) - divergence(posterior)
 
+    def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
+        slopes = _correction_slopes(likelihood, posterior)
+        if slopes is None:
+            return mean_step.new_zeros(mean_step.shape[:-1])
+        return (slopes[0] * mean_step + slopes[1] * variance_step).sum(-1)
+
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        slopes = _correction_slopes(likelihood, posterior)
+        if slopes is None:
+            return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
+        c_m, c_v = slopes
         m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
-        held = likelihood.detach()
         with torch.enable_grad():
-            correction = held.correction(m, v)
-            if not correction.requires_grad:  # a gaussian likelihood: the bound is exact
-                return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
-            c_m, c_v = torch.autograd.grad(correction.sum(), (m, v))
-            t_m, t_v = torch.autograd.grad(held.expect(m, v).precision.sum(), (m, v))
+            t_m, t_v = torch.autograd.grad(likelihood.detach().expect(m, v).precision.sum(), (m, v))
         third, fourth = -t_m, -2 * t_v  # E f''', E f''''
         lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v)
         slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
@@ -160,17 +174,23 @@ class ExpectationPropagation(Rule):
     monotone = False
     first_step = 0.8
 
+    @staticmethod
+    def _marginal(posterior: Posterior) -> Tensor:
+        """Marginal variances, kept above zero for cells without any prior variance."""
+        return posterior.variance.clamp(min=torch.finfo(posterior.variance.dtype).tiny ** 0.5)
+
     def _cavity(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        precision = (1 / posterior.variance - posterior.sites.precision).clamp(min=1e-10)
-        variance = 1 / precision
-        return variance * (posterior.mean / posterior.variance - posterior.sites.shift), variance
+        whole = 1 / self._marginal(posterior)
+        variance = 1 / torch.maximum(whole - posterior.sites.precision, 1e-10 * whole)
+        return variance * (whole * posterior.mean - posterior.sites.shift), variance
 
     def _tilted(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
         """Log normalizer, mean and variance of cavity times likelihood, by quadrature about the current marginal."""
         mean, variance = self._cavity(posterior)
+        marginal = self._marginal(posterior)
         x, w = quadrature(posterior.mean)
         z = x.expand(*posterior.mean.shape, -1)
-        u = posterior.mean[..., None] + posterior.variance.sqrt()[..., None] * z
+        u = posterior.mean[..., None] + marginal.sqrt()[..., None] * z
         wide = Outcome(
             likelihood.outcome.y[..., None],
             None if likelihood.outcome.trials is None else likelihood.outcome.trials[..., None],
@@ -178,7 +198,7 @@ class ExpectationPropagation(Rule):
         phi = None if likelihood.phi is None else likelihood.phi[..., None]
         f = likelihood.family.log_prob(wide, u + likelihood.shift[..., None], phi)
         ratio = 0.5 * z.square() - 0.5 * (u - mean[..., None]).square() / variance[..., None]
-        log_weight = torch.log(w) + f + ratio + 0.5 * (posterior.variance / variance).log()[..., None]
+        log_weight = torch.log(w) + f + ratio + 0.5 * (marginal / variance).log()[..., None]
         log_z = torch.logsumexp(log_weight, -1)
         p = torch.exp(log_weight - log_z[..., None])
         first = (p * u).sum(-1)
@@ -194,7 +214,7 @@ class ExpectationPropagation(Rule):
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         log_z = self._tilted(likelihood, posterior)[0]
         mean, variance = self._cavity(posterior)
-        gaussian = 0.5 * (posterior.mean.square() / posterior.variance - mean.square() / variance)
+        gaussian = 0.5 * (posterior.mean.square() / self._marginal(posterior) - mean.square() / variance)
         gaussian = gaussian - 0.5 * torch.log1p(posterior.sites.precision * variance)
         prior = 0.5 * (posterior.sites.shift * posterior.mean).sum(-1) - 0.5 * posterior.log_det
         return prior + (log_z - gaussian).sum(-1)
@@ -209,6 +229,17 @@ def divergence(posterior: Posterior) -> Tensor:
     """KL(q || prior) (points,), for any sites."""
     information = (posterior.sites.precision * posterior.variance).sum(-1)
     return 0.5 * (posterior.log_det - information + (posterior.mean * posterior.weights).sum(-1))
+
+
+def _correction_slopes(likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor] | None:
+    """Derivatives of the correction in means and variances, each (points, n); None where the bound is exact."""
+    m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
+    with torch.enable_grad():
+        correction = likelihood.detach().correction(m, v)
+        if not correction.requires_grad:
+            return None
+        c_m, c_v = torch.autograd.grad(correction.sum(), (m, v))
+    return c_m, c_v
 
 
 def _through_prior(posterior: Posterior, x: Tensor) -> Tensor:

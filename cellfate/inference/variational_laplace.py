@@ -55,12 +55,14 @@ def fit_sites(
     tolerance: float = 1e-7,
     max_updates: int = 200,
 ) -> Fit:
-    """Update sites until posterior means move by less than `tolerance` posterior sds, and variances by as much of themselves.
+    """Update sites until what is left to do is less than `tolerance`: of means in posterior sds, of variances in themselves,
+    of the free energy in nats.
 
     A step must raise the rule's objective; where it does not it is halved. Points leave the batch as they converge, so that the
     answer at a point does not depend on its company.
     """
     tolerance = max(tolerance, 1e3 * torch.finfo(start.precision.dtype).eps)  # beyond it a float32 posterior is noise
+    smallest = torch.finfo(start.precision.dtype).tiny
     prior = engine.prepare(terms)
     points = start.precision.shape[0]
     device = start.precision.device
@@ -74,7 +76,7 @@ def fit_sites(
 
     posterior = condition(active, start)
     state = rule.update(likelihood, posterior)
-    settled = _about_to_move(posterior, state.target) < tolerance
+    settled = _left_to_do(rule, likelihood, posterior, state.target) < tolerance
     status[settled] = int(Status.CONVERGED)
     if bool(settled.all()):
         return Fit(start, posterior, status, updates)
@@ -88,8 +90,9 @@ def fit_sites(
         proposal = _accelerated(past, now, state.target, step)
         posterior = condition(active, proposal)
         candidate = rule.update(likelihood[active], posterior)
-        moved = ((posterior.mean - mean).abs() / posterior.variance.sqrt()).amax(-1)
-        moved = torch.maximum(moved, ((posterior.variance - variance).abs() / posterior.variance).amax(-1)) / step
+        scale = posterior.variance.clamp(min=smallest)  # a cell without prior variance does not move
+        moved = ((posterior.mean - mean).abs() / scale.sqrt()).amax(-1)
+        moved = torch.maximum(moved, ((posterior.variance - variance).abs() / scale).amax(-1)) / step
         finite = candidate.objective.isfinite() & moved.isfinite()
         if rule.monotone:
             slack = 1e-9 * (1 + state.objective.abs())
@@ -108,7 +111,7 @@ def fit_sites(
         mean = torch.where(accepted[:, None], posterior.mean, mean)
         variance = torch.where(accepted[:, None], posterior.variance, variance)
         last = torch.where(accepted, moved, last)
-        done = accepted & (moved < tolerance)
+        done = accepted & (_left_to_do(rule, likelihood[active], posterior, candidate.target) < tolerance)
         stalled = ~done & (step_next < SMALLEST_STEP)
         status[active[done]] = int(Status.CONVERGED)
         lost = stalled & ~objective.isfinite()
@@ -138,11 +141,15 @@ def _accelerated(past: Anderson, now: Sites, target: Sites, step: Tensor) -> Sit
     return Sites(torch.maximum(x[:, :n], 0.1 * torch.minimum(now.precision, target.precision)), x[:, n:])
 
 
-def _about_to_move(posterior: Posterior, target: Sites) -> Tensor:
-    """About how far (points,) the next update will take means, in posterior sds, and precisions, without doing it."""
+def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites) -> Tensor:
+    """About how much (points,) the next update will change, without doing it."""
     pull = target.shift - target.precision * posterior.mean - posterior.weights
-    mean = (posterior.smooth(pull[..., None])[..., 0].abs() / posterior.variance.sqrt()).amax(-1)
-    return torch.maximum(mean, ((target.precision - posterior.sites.precision).abs() * posterior.variance).amax(-1))
+    mean_step = posterior.smooth(pull[..., None])[..., 0]
+    shrinkage = (target.precision - posterior.sites.precision) * posterior.variance
+    drift = rule.drift(likelihood, posterior, mean_step, -shrinkage * posterior.variance)
+    smallest = torch.finfo(mean_step.dtype).tiny
+    of_means = (mean_step.abs() / posterior.variance.clamp(min=smallest).sqrt()).amax(-1)
+    return torch.maximum(torch.maximum(of_means, shrinkage.abs().amax(-1)), drift.abs())
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:

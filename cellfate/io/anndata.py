@@ -14,7 +14,6 @@ from cellfate.errors import CellfateWarning, DataError
 from cellfate.io.columns import (
     among,
     check_adata,
-    check_finite,
     check_present,
     column,
     factorize,
@@ -26,13 +25,11 @@ from cellfate.io.design import columns_of, design_matrix, separating
 from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
 from cellfate.io.responses import Response, read_response
-from cellfate.model.families import get_family
+from cellfate.model.checks import check_finite, check_log_offset, find_family
 from cellfate.trees.forest import Forest, examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-LARGEST_LOG_OFFSET = 50.0  # exp(50) cells, molecules or seconds: the logarithm was forgotten
 
 
 def read_cells(
@@ -110,9 +107,7 @@ def read_cells(
 
 def _kind(family: str) -> str:
     """What a family's response has to be."""
-    if not isinstance(family, str):
-        raise DataError(f"family is of type {type(family).__name__}, wanted a name such as 'bernoulli'.")
-    return get_family(family).kind
+    return find_family(family).kind
 
 
 def _specimens(adata: AnnData, library_key: str | None, kept: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -272,9 +267,6 @@ def _offset(adata: AnnData, offset: Any, kind: str, names: np.ndarray, kept: np.
         label,
         "An offset is known for every cell (a log size factor of an empty cell is not): leave those cells out.",
     )
-    if kind == "count" and values.max() > LARGEST_LOG_OFFSET:
-        raise DataError(
-            f"{label} goes up to {values.max():g}, but is on the log scale: expected counts would be multiplied by "
-            "its exponential. Give the logarithm of size factors or exposures."
-        )
+    if kind == "count":
+        check_log_offset(values, label)
     return values

@@ -106,16 +106,6 @@ def numbers(values: Any, label: str, remedy: str) -> np.ndarray:
     return values.astype(np.float64)
 
 
-def check_finite(values: np.ndarray, names: np.ndarray, label: str, remedy: str) -> None:
-    """NaN and infinity, each an error of its own."""
-    for kind, bad in (("NaN", np.isnan(values)), ("infinite", np.isinf(values))):
-        cells = bad if bad.ndim == 1 else bad.any(axis=1)
-        if cells.any():
-            raise DataError(
-                f"{label} is {kind} in {int(cells.sum())} of {len(cells)} cells: {examples(names[cells])}. {remedy}"
-            )
-
-
 def check_present(values: pd.Series, label: str, remedy: str) -> None:
     """No missing values in a column of labels."""
     missing = values.isna().to_numpy()

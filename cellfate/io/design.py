@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from cellfate.errors import DataError
-from cellfate.io.columns import check_finite, check_present, instead
-from cellfate.trees.forest import examples
+from cellfate.io.columns import check_present, instead
+from cellfate.model.checks import check_design, check_finite
 
 if TYPE_CHECKING:
     from formulaic import SimpleFormula
@@ -19,10 +19,10 @@ MANY_LEVELS, MOST_LEVELS = (
     20,
     1000,
 )  # of a categorical covariate: suspicious where half the cells have their own; too many
-DEPENDENT = 1e-10  # singular value, relative to the largest, below which scaled columns count as collinear
 
 # Text in quotes | `a column` | a name, with what follows it: "(" calls it, "=" names an argument.
 NAME = re.compile(r"""("[^"]*"|'[^']*')|`([^`]+)`|(?<![\w.])([^\W\d]\w*)(?!\w)\s*(\(|=(?!=))?""")
+RANDOM = re.compile(r"\(([^()|]+)\|\|?([^()|]+)\)")  # (1 | batch)
 CONSTANTS = {"True", "False", "None", "np", "contr"}
 
 
@@ -56,7 +56,7 @@ def design_matrix(formula: str, obs: pd.DataFrame) -> tuple[np.ndarray, tuple[st
         ) from e
     terms = tuple(str(term) for term in matrix.columns)
     design = np.asarray(matrix, dtype=np.float64).reshape(len(obs), len(terms))
-    _check(design, terms, obs.index.to_numpy(), formula)
+    check_design(design, terms, obs.index.to_numpy(), f"formula {formula!r}")
     return design, terms
 
 
@@ -90,6 +90,7 @@ def _parse(formula: Any) -> SimpleFormula:
 
     if not isinstance(formula, str) or not formula.strip():
         raise DataError(f"formula is {formula!r}, wanted text such as '~ 1' or '~ 1 + stage'.")
+    _refuse_random_effects(formula)
     left, tilde, _ = formula.partition("~")
     if tilde and left.strip():
         raise DataError(
@@ -106,6 +107,22 @@ def _parse(formula: Any) -> SimpleFormula:
     if not isinstance(parsed, SimpleFormula):
         raise DataError(f"formula {formula!r} has several parts. Grouping factors (random intercepts) go to `groups`.")
     return parsed
+
+
+def _refuse_random_effects(formula: str) -> None:
+    """`(1 | batch)` is how other packages write what is `groups` here."""
+    found = [(left.strip(), right.strip(" `")) for left, right in RANDOM.findall(formula)]
+    slopes = [f"({left} | {right})" for left, right in found if left not in ("1", "1 + 0")]
+    if slopes:
+        raise NotImplementedError(
+            f"formula {formula!r}: random slopes such as {slopes[0]} are not there yet. Random intercepts go to `groups`."
+        )
+    if found:
+        names = [right for _, right in found]
+        raise DataError(
+            f"formula {formula!r} has random intercepts, which are an argument of their own: leave "
+            f"{', '.join(f'(1 | {name})' for name in names)} out and give groups={names!r}."
+        )
 
 
 def _plain(e: Exception) -> str:
@@ -145,39 +162,3 @@ def _covariate(values: pd.Series, name: str) -> pd.Series:
             f"need `.astype(float)`; a grouping factor goes to `groups={name!r}`."
         )
     return values
-
-
-def _check(design: np.ndarray, terms: tuple[str, ...], names: np.ndarray, formula: str) -> None:
-    n, p = design.shape
-    for j, term in enumerate(terms):
-        check_finite(
-            design[:, j], names, f"formula {formula!r}: column {term!r}", "Change the transformation or the cells."
-        )
-    if p >= n:
-        raise DataError(
-            f"formula {formula!r} makes {p} columns for {n} cells. Fixed effects need more cells than columns: "
-            "leave terms out, or make them `groups`."
-        )
-    zero = [term for term, x in zip(terms, design.T, strict=True) if not x.any()]
-    if zero:
-        raise DataError(
-            f"formula {formula!r}: {len(zero)} of {p} columns are zero in all {n} cells: {examples(zero)}. "
-            "That combination does not occur: leave it out."
-        )
-    dependent = _collinear(design, terms)
-    if dependent:
-        raise DataError(
-            f"formula {formula!r}: {len(dependent)} of {p} columns are collinear, each is a combination of the "
-            f"others: {examples(dependent, 10)}. Their effects cannot be told apart: leave one out."
-        )
-
-
-def _collinear(design: np.ndarray, terms: tuple[str, ...]) -> list[str]:
-    """Columns that take part in a linear dependency: those that the null space of the design touches."""
-    if design.shape[1] < 2:
-        return []
-    r = np.linalg.qr(design / np.linalg.norm(design, axis=0), mode="r")
-    _, singular, rows = np.linalg.svd(r)
-    null = rows[singular < DEPENDENT * singular[0]]  # (dependencies, p)
-    touched = np.linalg.norm(null, axis=0) > 1e-6
-    return [term for term, hit in zip(terms, touched, strict=True) if hit]

@@ -12,11 +12,12 @@ import pandas as pd
 from cellfate.errors import CellfateWarning, DataError
 from cellfate.io.columns import check_present, column, factorize
 from cellfate.io.responses import Response
+from cellfate.model.checks import RESERVED
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-RESERVED = ("lineage", "spatial", "fixed", "residual", "distribution", "shared")  # names of other components
+TAKEN = ("lineage", "spatial", *RESERVED)  # names of other components and rows
 
 
 def read_groups(
@@ -35,9 +36,9 @@ def read_groups(
     for key in keys:
         values = column(adata, key, "groups")[kept]
         label = f"group obs[{key!r}]"
-        if key in RESERVED:
+        if key in TAKEN:
             raise DataError(
-                f"{label} has the name of another component. Rename the column: {', '.join(RESERVED)} are taken."
+                f"{label} has the name of another component. Rename the column: {', '.join(TAKEN)} are taken."
             )
         if key == fate:
             raise DataError(f"{label} is the fate itself. Leave it out of `groups`.")

@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 
 from cellfate.errors import DataError
-from cellfate.io.columns import check_finite, check_present, column, factorize, instead, numbers, per_cell
+from cellfate.io.columns import check_present, column, factorize, instead, numbers, per_cell
+from cellfate.model.checks import check_both_sides, check_counts, check_finite, check_response
 from cellfate.trees.forest import examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-FEWEST = 2  # cells that have to show each side of a fate
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,29 +74,13 @@ def read_response(adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np
         return _binary(values, label)
     response = numbers(values, label, _not_numbers(values, kind))
     check_finite(response, names, label, remedy)
-    if kind == "real":
-        _check_varies(response, label)
-        return Response(response, None, None)
+    if kind not in ("real", "successes", "count"):
+        raise NotImplementedError(f"Reading a response of kind {kind!r} is not there yet.")
+    total, source = None, "trials"
     if kind == "successes":
-        return _successes(adata, response, label, trials, kept)
-    if kind == "count":
-        check_counts(response, names, label, "Give raw counts; for normalized or log values use family='gaussian'.")
-        _check_varies(response, label)
-        if (response > 0).sum() < FEWEST:
-            raise DataError(
-                f"{label} is above zero in only 1 of {len(response)} cells: {examples(names[response > 0])}. "
-                f"At least {FEWEST} are needed to say anything about relatives or neighbors."
-            )
-        return Response(response, None, None)
-    raise NotImplementedError(f"Reading a response of kind {kind!r} is not there yet.")
-
-
-def check_counts(values: np.ndarray, names: np.ndarray, label: str, remedy: str) -> None:
-    """Whole numbers, zero or more."""
-    for kind, bad in (("negative", values < 0), ("not a whole number", values != np.round(values))):
-        if bad.any():
-            shown = examples(f"{name}: {value:g}" for name, value in zip(names[bad][:6], values[bad][:6], strict=True))
-            raise DataError(f"{label} is {kind} in {int(bad.sum())} of {len(values)} cells: {shown}. {remedy}")
+        total, source = _trials(adata, response, label, trials, kept)
+    check_response(response, names, label, kind=kind, trials=total, trials_label=source)
+    return Response(response, total, None)
 
 
 def _not_numbers(values: pd.Series, kind: str) -> str:
@@ -109,14 +92,6 @@ def _not_numbers(values: pd.Series, kind: str) -> str:
         f"Give {what} as numbers (`.astype(float)`), or ask about one level at a time: "
         "`adata.obs['is_it'] = adata.obs[fate] == level` with family='bernoulli'."
     )
-
-
-def _check_varies(values: np.ndarray, label: str) -> None:
-    if np.ptp(values) == 0:
-        raise DataError(
-            f"{label} has one level: it is {values[0]:g} in all {len(values)} cells. "
-            "There is no variation to partition: choose another fate or other cells."
-        )
 
 
 def _binary(values: pd.Series, label: str) -> Response:
@@ -131,26 +106,15 @@ def _binary(values: pd.Series, label: str) -> Response:
             f"{label} has {len(levels)} levels, but family='bernoulli' wants two: {shown}{more} cells. Ask about one: "
             "`adata.obs['is_it'] = adata.obs[fate] == level`; for counts or measurements choose another family."
         )
-    if len(levels) < 2:
-        raise DataError(
-            f"{label} has one level: it is {levels[0]!r} in all {len(values)} cells. "
-            "There is no variation to partition: choose another fate or other cells."
-        )
-    rare = int(counts.argmin())
-    if counts[rare] < FEWEST:
-        raise DataError(
-            f"{label} has {counts[rare]} cell of level {levels[rare]!r} ({examples(values.index[codes == rare])}) "
-            f"against {counts[1 - rare]} of {levels[1 - rare]!r}. At least {FEWEST} of each are needed: "
-            "merge levels or choose another fate."
-        )
+    check_both_sides(codes, values.index.to_numpy(), label, levels, [repr(level) for level in levels])
     return Response(codes.astype(np.float64), None, (levels[0], levels[1]))
 
 
-def _successes(adata: AnnData, successes: np.ndarray, label: str, trials: Any, kept: np.ndarray) -> Response:
-    names = adata.obs_names[kept].to_numpy()
+def _trials(adata: AnnData, successes: np.ndarray, label: str, trials: Any, kept: np.ndarray) -> tuple[np.ndarray, str]:
+    """Trials of the kept cells, and what to call them."""
     check_counts(
         successes,
-        names,
+        adata.obs_names[kept].to_numpy(),
         label,
         "For binomial the fate is the number of successes; a proportion has to be multiplied by its trials.",
     )
@@ -167,26 +131,4 @@ def _successes(adata: AnnData, successes: np.ndarray, label: str, trials: Any, k
     n = numbers(total, source, "Give whole numbers.")
     if n.ndim != 1:
         raise DataError(f"{source} has shape {n.shape}. Give one number per cell.")
-    n = n[kept]
-    check_finite(n, names, source, "Give a whole number for every cell, or leave those cells out.")
-    check_counts(n, names, source, "Trials are counted: give whole numbers.")
-    for kind, bad, remedy in (
-        ("below 1", n < 1, "A cell without a trial says nothing: leave those cells out."),
-        (
-            "fewer than the successes",
-            n < successes,
-            "Successes are part of the trials: check that the two are not swapped.",
-        ),
-    ):
-        if bad.any():
-            shown = examples(
-                f"{name}: {int(y)} of {int(t)}"
-                for name, y, t in zip(names[bad][:6], successes[bad][:6], n[bad][:6], strict=True)
-            )
-            raise DataError(f"{source} is {kind} in {int(bad.sum())} of {len(n)} cells: {shown}. {remedy}")
-    if np.ptp(successes / n) == 0:
-        raise DataError(
-            f"{label} has one level: it is {successes[0] / n[0]:g} of the trials in all {len(n)} cells. "
-            "There is no variation to partition: choose another fate or other cells."
-        )
-    return Response(successes, n, None)
+    return n[kept], source

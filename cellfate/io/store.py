@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from cellfate import _keys
+from cellfate._runtime import logger
 from cellfate.cells import Cells
 from cellfate.errors import DataError
 
@@ -39,6 +42,8 @@ def check_free(adata: AnnData, key: str) -> None:
 
 def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: Mapping[str, Any]) -> None:
     """Write a fit to `uns[key]` and `obsm[f"{key}_effects"]`; cells that were left out get NaN."""
+    fit = _without_slashes(fit)
+    own(adata)
     effects = pd.DataFrame(index=adata.obs_names)
     for name, (mean, sd) in fit.effects.items():
         for column, values in ((f"{name}_mean", mean), (f"{name}_sd", sd)):
@@ -59,6 +64,46 @@ def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: 
     adata.obsm[_keys.effects(key)] = effects
 
 
+def own(adata: AnnData) -> None:
+    """Make a view a copy of its own, which writing to it would do with a warning."""
+    if adata.is_view:
+        logger.info("adata was a view and is now a copy of its own: results are not in the object it came from")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ImplicitModificationWarning, and treedata's own
+            adata.uns["_cellfate"] = 0  # any write makes it actual
+        del adata.uns["_cellfate"]
+
+
+def _without_slashes(fit: GLMMFit) -> GLMMFit:
+    """The fit with "_" for "/" in the names of components and terms: a file takes "/" for a folder."""
+    names: dict[str, str] = {}
+    for name in dict.fromkeys([*fit.components["component"], *fit.fixed_effects["term"]]):
+        plain = name.replace("/", "_")
+        while plain in names.values():
+            plain += "_"
+        names[name] = plain
+    if all("/" not in name for name in names):
+        return fit
+    longest = sorted((name for name in names if "/" in name), key=len, reverse=True)
+
+    def key(text: str) -> str:
+        """`variance_<component>`, `beta[<term>]` and the like."""
+        for name in longest:
+            if name in text:
+                return text.replace(name, names[name])
+        return text
+
+    return replace(
+        fit,
+        components=fit.components | {"component": [names[name] for name in fit.components["component"]]},
+        shares=fit.shares | {"component": [names[name] for name in fit.shares["component"]]},
+        fixed_effects=fit.fixed_effects | {"term": [names[name] for name in fit.fixed_effects["term"]]},
+        draws={key(name): x for name, x in fit.draws.items()},
+        mode={key(name): x for name, x in fit.mode.items()},
+        effects={names[name]: x for name, x in fit.effects.items()},
+    )
+
+
 def _fixed_effects(fit: GLMMFit) -> pd.DataFrame:
     table = pd.DataFrame(fit.fixed_effects)
     return table.astype({"term": str, **{c: float for c in table.columns if c != "term"}})
@@ -72,7 +117,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, Mapping):
             if value:
-                out[name] = _plain(value)
+                out[name] = _plain({str(key).replace("/", "_"): one for key, one in value.items()})
         elif isinstance(value, bool | int | float | str | np.number):
             out[name] = value
         elif isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):

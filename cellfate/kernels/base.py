@@ -139,6 +139,12 @@ class Given(Kernel):
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
         return _Entries(self.matrix.to(like))
 
+    @property
+    def expected_variance(self) -> float:
+        if self.normalized:
+            return 1.0
+        return float(sample_variance(self.matrix.diagonal().sum(), self.matrix.sum(), self.n))
+
     def at(self, cells: np.ndarray) -> Given:
         index = torch.as_tensor(cells)
         return Given(self.matrix[index[:, None], index], self.normalized)

@@ -190,7 +190,7 @@ class EarlyBurst(LineageKernel):
 class Clone(LineageKernel):
     """Ancestry as membership: cells of a clone share one value, clones are independent.
 
-    A clone is a tree of the forest, or, where there is one tree only, a subtree below its root.
+    A clone is a tree of the forest, or, where there is one tree only, a subtree below its first branching.
     """
 
     @cached_property
@@ -199,7 +199,10 @@ class Clone(LineageKernel):
         root = self.forest.is_root
         if self.forest.n_trees > 1 or self.forest.n_nodes == 1:
             return root
-        return ~root & root[np.maximum(self.forest.parent, 0)]
+        stem = int(np.flatnonzero(root)[0])
+        while self.forest.n_children[stem] == 1:  # a stem without branches founds nothing
+            stem = int(np.flatnonzero(self.forest.parent == stem)[0])
+        return self.forest.parent == stem if self.forest.n_children[stem] else root
 
     @cached_property
     def _clone(self) -> np.ndarray:

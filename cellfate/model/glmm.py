@@ -71,9 +71,11 @@ class Model:
                 raise DataError(f"component {component.name!r} is over {component.kernel.n} cells, not {self.data.n}.")
 
     def at(self, cells: np.ndarray) -> Model:
-        """The same model of some of the cells."""
+        """The same model of some of the cells, in the units and under the priors of all of them."""
         components = [Component(c.name, c.kernel.at(cells)) for c in self.components]
-        return replace(self, components=components, data=self.data.at(cells))
+        some = replace(self, components=components, data=self.data.at(cells))
+        some.__dict__.update(response_scale=self.response_scale, beta_sd=self.beta_sd)
+        return some
 
     def _known(self) -> list[str]:
         names = [f"sd_{c.name}" for c in self.components]
@@ -102,7 +104,7 @@ class Model:
         if spec is not None and not (isinstance(spec, Flat) and not self.reml):
             raise DataError("the prior of 'beta' is ('normal', sd); 'flat' goes with reml=False.")
         constant = x.std(0, correction=0) <= 1e-8 * x.abs().amax(0)
-        spread = torch.where(constant, x.abs().amax(0), x.std(0, correction=0)).clamp(min=1e-300)
+        spread = torch.where(constant, x.abs().amax(0), x.std(0, correction=0)).clamp(min=torch.finfo(x.dtype).tiny)
         # a constant column also has to carry the mean of the response and those of the covariates
         level = abs(float(self.data.outcome.y.mean())) if self.family.name == "gaussian" else 0.0
         level += self.response_scale * float(
@@ -195,12 +197,17 @@ class Model:
             raise DataError(
                 f"theta lacks {missing} and has unknown {unknown}; variances may be given as 'variance_<name>'."
             )
+        held = sorted(set(given) & set(self._fixed))
+        if held:
+            raise DataError(f"theta gives {held}, which this model holds at {[self._fixed[name] for name in held]}.")
         points = max((v.shape[0] for v in given.values()), default=1)
         full = {name: like.new_full((points,), value) for name, value in self._fixed.items()}
         full |= {name: v.expand(points) for name, v in given.items()}
         if self.reml and beta is not None:
             raise DataError("theta gives 'beta', but reml=True integrates the fixed effects out; use reml=False.")
         if not self.reml:
+            if beta is None and self.data.terms:
+                raise DataError(f"theta lacks 'beta', the fixed effects of {list(self.data.terms)} (reml=False).")
             beta = like.new_zeros(points, 0) if beta is None else beta.reshape(-1, self.data.design.shape[1])
             beta = beta.expand(points, -1)
         return Theta(full, beta), points

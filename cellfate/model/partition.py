@@ -75,18 +75,26 @@ def partition(
         link[DISTRIBUTION] = distribution_variance(model, values, beta, parts)
     order = [*parts, SHARED]
     seen = {name: realized[name] for name in order if name in realized}
-    if len(seen) <= 2 and SHARED in seen and RESIDUAL not in seen:
-        del seen[SHARED]  # a single component shares nothing
+    if len(set(seen) - {SHARED, RESIDUAL}) <= 1:
+        seen.pop(SHARED, None)  # a single component shares nothing
     return {LATENT: parts, LINK: link, REALIZED: seen}
 
 
-def rows(response: str, scales: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, list], dict[str, list]]:
-    """Columns of the two tidy tables: variances and shares, one row per scale and component."""
+def rows(
+    model: Model, response: str, scales: Mapping[str, Mapping[str, np.ndarray]]
+) -> tuple[dict[str, list], dict[str, list]]:
+    """Columns of the two tidy tables: variances and shares, one row per scale and component.
+
+    The variance of a grouping factor is that of its intercepts, as draws and mode have it; what it contributes among these cells,
+    a little less, makes its share.
+    """
+    intercepts = {c.name: c.kernel.expected_variance for c in model.components}
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
         total = sum(parts.values())
         for component, draws in parts.items():
-            for table, name, x in zip(tables, ("variance", "share"), (draws, draws / total), strict=True):
+            variance = draws if scale == REALIZED else draws / intercepts.get(component, 1.0)
+            for table, name, x in zip(tables, ("variance", "share"), (variance, draws / total), strict=True):
                 mean, sd, lower, upper = summary(x)
                 row = {"scale": scale, "response": response, "component": component, name: mean}
                 row |= {f"{name}_sd": sd, f"{name}_lower": lower, f"{name}_upper": upper}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +72,25 @@ class Flat(Prior):
         return torch.zeros_like(x)
 
 
+FORMS: dict[type[Prior], str] = {
+    HalfNormal: "('half_normal', scale)",
+    LogNormal: "('lognormal', median, sd)",
+    Normal: "('normal', sd)",
+    Uniform: "('uniform',)",
+}
+SUITS: dict[str, tuple[str, tuple[type[Prior], ...]]] = {  # by scale: the range in words, and what lives on it
+    "sd": ("a positive standard deviation", (HalfNormal, LogNormal)),
+    "log": ("a positive number", (HalfNormal, LogNormal)),
+    "logit": ("between 0 and 1", (Uniform,)),
+    "real": ("any real number", (Normal,)),
+}
+
+
 def parse_prior(name: str, spec: object) -> Prior | float:
     """A prior from what the user writes; a number for ("fixed", value)."""
     if isinstance(spec, Prior):
         return spec
-    kind, *arguments = (spec,) if isinstance(spec, str) else tuple(spec)  # type: ignore[arg-type]
+    kind, *arguments = (spec,) if isinstance(spec, str) or not isinstance(spec, Sequence) or not spec else spec
     known = {
         "half_normal": (HalfNormal, 1),
         "lognormal": (LogNormal, 2),
@@ -88,14 +103,40 @@ def parse_prior(name: str, spec: object) -> Prior | float:
         values = [math.nan]
     if kind == "flat" and not values:
         return Flat()
-    if kind == "fixed" and len(values) == 1 and values[0] > 0:
+    if kind == "fixed" and len(values) == 1 and math.isfinite(values[0]) and values[0] > 0:
         return values[0]
-    if kind in known and len(values) == known[kind][1] and all(math.isfinite(v) and v > 0 for v in values):
+    if (
+        isinstance(kind, str)
+        and kind in known
+        and len(values) == known[kind][1]
+        and all(math.isfinite(v) and v > 0 for v in values)
+    ):
         return known[kind][0](*values)
     raise DataError(
         f"prior {spec!r} of {name!r} is not understood; write 'flat', ('half_normal', scale), ('lognormal', median, sd), "
         "('normal', sd), ('uniform',) or ('fixed', value), with positive finite numbers."
     )
+
+
+def check_prior(name: str, spec: object, scale: str) -> None:
+    """Refuse a prior that is none on the range of a hyperparameter: `scale` is "sd", "log", "logit" or "real".
+
+    A density that does not live on that range would bound the search in silence, or not be a density at all.
+    """
+    prior = parse_prior(name, spec)
+    range_, suits = SUITS[scale]
+    if isinstance(prior, float):
+        if scale == "real":
+            raise DataError(
+                f"prior {spec!r} of {name!r}: fixed effects are not held at a value. Put what is known of them into the "
+                "offset, or leave the column out."
+            )
+        if scale == "logit" and prior > 1:
+            raise DataError(f"prior {spec!r} of {name!r} holds it at {prior:g}, outside 0 to 1.")
+    elif type(prior).__module__ == __name__ and not isinstance(prior, (*suits, Flat)):
+        forms = ", ".join(FORMS[kind] for kind in suits)
+        fixed = "" if scale == "real" else " or ('fixed', value)"
+        raise DataError(f"prior {spec!r} does not suit {name!r}, which is {range_}; write 'flat', {forms}{fixed}.")
 
 
 @dataclass(frozen=True)
@@ -135,7 +176,7 @@ class Parameter:
     def bounds(self) -> tuple[float, float]:
         """Bounds of `u`; an sd passes zero freely, where it is even."""
         if self.scale == "sd":
-            # open below: in a box that is closed all around, L-BFGS-B begins with a full gradient step
+            # open below: the search passes zero, so that an absent component is found from either side
             return -math.inf, self.upper
         if self.scale == "real":
             return -math.inf, math.inf

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 3.5  # inches, one column of a journal
@@ -25,7 +28,7 @@ COLORS = {
     "residual": "#8C8C8C",
     "distribution": "#BDBDBD",
 }
-GROUP_COLORS = ["#009E73", "#56B4E9", "#F0E442", "#000000"]
+GROUP_COLORS = ["#009E73", "#56B4E9", "#000000", "#F0E442"]  # yellow last, it is faint in print
 
 STYLE: Any = {  # matplotlib types every key of its rc parameters; not so here
     "font.family": "sans-serif",
@@ -70,6 +73,41 @@ def colors(components: Sequence[str]) -> dict[str, str]:
     groups = [c for c in dict.fromkeys(components) if c not in COLORS]
     cycle = {c: GROUP_COLORS[i % len(GROUP_COLORS)] for i, c in enumerate(groups)}
     return {c: COLORS.get(c) or cycle[c] for c in components}
+
+
+def share_label(components: Iterable[str], scale: str = "latent") -> str:
+    """Return what shares are shares of, for a label. With a residual, it is more than the linear predictor."""
+    whole = "total variance" if "residual" in set(components) else "variance of the linear predictor"
+    return {
+        "latent": f"share of the {whole}",
+        "link": "share of the variance on link scale",
+        "realized": "share of the realized variance in these cells",
+    }.get(scale, f"share of variance ({scale})")
+
+
+def percent(share: float) -> str:
+    """Write a share in percent, with a true minus sign."""
+    return f"{round(100 * share):d}%".replace("-", "\N{MINUS SIGN}")
+
+
+def percents(middle: float, lower: float, upper: float) -> str:
+    """Write a share with its bounds."""
+    return f"{percent(middle)} [{percent(lower)}, {percent(upper)}]"
+
+
+def percent_axis(axis: Axis, low: float, high: float) -> None:
+    """Put ticks of an axis of shares in percent, at the same steps in every figure."""
+    step = 0.25 if high - low <= 1.8 else 0.5
+    axis.set_ticks(step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1))
+    axis.set_major_formatter(lambda share, _: percent(share))
+
+
+def interval(middle: float, lower: float, upper: float) -> str:
+    """Write an estimate with its bounds, all to the same decimals: two, fewer for large ones, more for tiny ones."""
+    largest = max(abs(lower), abs(upper))
+    exponent = int(np.floor(np.log10(largest))) if largest > 0 else 0
+    decimals = 1 - exponent if exponent < -1 else max(0, 2 - max(exponent, 0))
+    return f"{middle:.{decimals}f} [{lower:.{decimals}f}, {upper:.{decimals}f}]"
 
 
 def link_units(params: dict[str, Any], response: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from cellfate import _keys, get
 from cellfate._runtime import logger
-from cellfate.pl import _style
+from cellfate.pl import _maps, _style
+from cellfate.pl._maps import Panel
+from cellfate.pl._sheet import Box, Sheet, arrange, color_bars
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,17 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
 
 MOST = 12  # specimens drawn unasked
-CMAP = "RdBu_r"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One component in one specimen."""
-
-    component: str
-    title: str
-    xyz: np.ndarray  # (cells, 2 | 3)
-    value: np.ndarray  # (cells,), NaN where left out of the fit
 
 
 def effects(
@@ -44,21 +35,26 @@ def effects(
     specimen: str | Sequence[str] | None = None,
     size: float | None = None,
     vmax: float | None = None,
+    common_scale: bool = True,
     ncols: int = 4,
-    units: str = "units",
+    units: str = "",
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes | list[Axes]:
-    """Draw the posterior mean of each component over the tissue, all panels on one color scale and one map scale.
+    """Draw the posterior mean of each component over the tissue.
 
     Needs :func:`cellfate.tl.decompose`. Red pushes the linear predictor up, blue down; cells that were left out of the
-    fit are grey. Specimens are small multiples, one block of panels per component.
+    fit are grey. All panels have one map scale and, by default, one color scale: a pale component is a small one.
+    Specimens are small multiples, one block of panels per component.
 
     Parameters
     ----------
     components
-        Which components; by default lineage, spatial and groups, as far as the fit has them.
+        Which components; by default lineage, spatial and groups, as far as the fit has them and they vary within
+        specimens. What is constant in each specimen, such as its own intercept, says nothing as a map.
+    key
+        The `key_added` of the fit.
     basis
         Key of `adata.obsm` with the coordinates.
     dims
@@ -72,10 +68,12 @@ def effects(
         Area of a cell's marker, in square points.
     vmax
         End of the color scale; by default the 99th percentile of the absolute effects.
+    common_scale
+        One color scale for all components; else each component has its own, to show the pattern of a small one.
     ncols
-        Most panels in a row.
+        Most panels in a row; fewer where long names need the room.
     units
-        What one unit of the coordinates is, for the scale bar: ``"µm"``.
+        What one unit of the coordinates is, for the scale bar: ``"µm"``. By default it is a bare number.
     ax
         Axes to draw in, as many as there are panels, instead of a new figure. The color bar is then left to you
         (`fig.colorbar(ax.collections[-1])`).
@@ -89,46 +87,65 @@ def effects(
     import matplotlib
 
     table, params = get.effects(adata, key), get.params(adata, key)
-    components = _components(table, components)
+    library_key = library_key or params.get("library_key") or None
     xyz = _coordinates(adata, basis, dims)
-    specimens = _specimens(adata, library_key or params.get("library_key") or None, specimen)
+    specimens = _specimens(adata, library_key, specimen)
+    components = _components(table, components, adata.obs[library_key] if library_key else None)
     panels = [
         Panel(c, name, xyz[rows], table[f"{c}_mean"].to_numpy(dtype=float)[rows])
         for c in components
         for name, rows in specimens
     ]
-    if vmax is None:
-        vmax = _limit(np.concatenate([p.value for p in panels]))
-    flat = len(dims) == 2 if dims is not None else xyz.shape[1] == 2
-    half = np.max([np.ptp(p.xyz, axis=0) for p in panels], axis=0) / 2 * 1.06
-    half = np.where(half > 0, half, 1.0)
-    response = str(get.components(adata, key)["response"].iloc[0])
-    label = f"posterior mean effect ({_style.link_units(params, response)})"
+    groups = [0 if common_scale else components.index(p.component) for p in panels]  # panels of one color scale
+    pooled = [
+        np.concatenate([p.value for p, g in zip(panels, groups, strict=True) if g == h]) for h in dict.fromkeys(groups)
+    ]
+    limits = [_limit(values) if vmax is None else vmax for values in pooled]
+    flat = len(dims or range(xyz.shape[1])) == 2
+    names = [f"{basis} {d + 1}" for d in dims or range(2 if flat else 3)]
     with matplotlib.rc_context(_style.STYLE):
-        given = ax is not None
-        axes = _given(ax, panels, flat) if ax is not None else _layout(len(panels), len(specimens), ncols, half, flat)
-        drawn = [
-            _draw(axis, panel, flat=flat, vmax=vmax, size=size, half=half)
-            for axis, panel in zip(axes, panels, strict=True)
-        ]
-        corner = 0 if given else _corner(axes)
-        names = [f"{basis} {d + 1}" for d in dims or range(2 if flat else 3)]
-        _mark(axes[corner], panels[corner], half, flat, units, names)
-        if not given:
-            beyond = max(np.nanmax(np.abs(p.value), initial=0.0) for p in panels) > vmax
-            _colorbar(axes, drawn[0], label, flat=flat, extend="both" if beyond else "neither")
-    _style.finish(_style.figure_of(axes[0]), given_ax=given, show=show, save=save)
+        sheet = None
+        half = _half(panels, flat)
+        if ax is None:
+            per_block = len(specimens) if len(specimens) > 1 else len(panels)
+            sheet = _sheet(panels, groups, half, per_block, ncols)
+        axes = _given(ax, panels, flat) if sheet is None else _place(sheet, half)
+        drawn = _draw(axes, sheet, panels, half, limits=[limits[g] for g in groups], size=size)
+        _mark(axes, sheet, panels, half, names, units)
+        if sheet is not None:
+            response = str(get.components(adata, key)["response"].iloc[0])
+            label = f"posterior mean effect ({_style.link_units(params, response)})"
+            beyond = [np.nanmax(np.abs(v), initial=0.0) > limit for v, limit in zip(pooled, limits, strict=True)]
+            firsts = [drawn[groups.index(g)] for g in dict.fromkeys(groups)]
+            color_bars(_style.figure_of(axes[0]), sheet, firsts, beyond, label)
+    _style.finish(_style.figure_of(axes[0]), given_ax=sheet is None, show=show, save=save)
     return axes[0] if len(axes) == 1 else axes
 
 
-def _components(table: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
+def _components(table: pd.DataFrame, wanted: Sequence[str] | None, library: pd.Series | None) -> list[str]:
     found = [c.removesuffix("_mean") for c in table.columns if c.endswith("_mean")]
     if wanted is None:
-        return found
+        vary = [c for c in found if _varies(table[f"{c}_mean"], library)] or found
+        if constant := [c for c in found if c not in vary]:
+            logger.info("%s: the same in all cells of a specimen, not drawn unless asked for", ", ".join(constant))
+        return vary
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     if unknown := [c for c in wanted if c not in found]:
         raise ValueError(f"The fit has no effects of {unknown}: use some of {found}.")
     return wanted
+
+
+def _varies(effect: pd.Series, library: pd.Series | None) -> bool:
+    """Whether an effect differs between cells of the same specimen, by more than rounding."""
+    if library is None:
+        return True
+    within = effect.groupby(library.astype(str).to_numpy())
+    return bool((within.max() - within.min()).max() > 1e-6 * effect.abs().max())
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that puts embryo 2 before embryo 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _coordinates(adata: AnnData, basis: str, dims: Sequence[int] | None) -> np.ndarray:
@@ -155,7 +172,7 @@ def _specimens(
     labels = adata.obs[library_key].astype(str).to_numpy()
     names, counts = np.unique(labels, return_counts=True)
     if wanted is None:
-        shown = sorted(names[np.argsort(-counts, kind="stable")[:MOST]])
+        shown = sorted(names[np.argsort(-counts, kind="stable")[:MOST]], key=_natural)
         if len(shown) < len(names):
             logger.info("drawing the %d largest of %d specimens: choose others with `specimen`", MOST, len(names))
     else:
@@ -187,101 +204,81 @@ def _given(ax: Any, panels: list[Panel], flat: bool) -> list[Axes]:
     return axes
 
 
-def _layout(n_panels: int, n_specimens: int, ncols: int, half: np.ndarray, flat: bool) -> list[Axes]:
-    """One component per block of rows; with one specimen, components side by side."""
+def _half(panels: list[Panel], flat: bool) -> np.ndarray:
+    """Half the extent of the widest panel: all are drawn that wide, so that sizes compare under one scale bar."""
+    half = np.max([np.ptp(p.xyz[:, : 2 if flat else 3], axis=0) for p in panels], axis=0) / 2
+    return np.where(half > 0, half, half.max() / 10 or 1.0)  # cells in one line, or all in one place
+
+
+def _sheet(panels: list[Panel], groups: list[int], half: np.ndarray, per_block: int, ncols: int) -> Sheet:
+    seen = half if len(half) == 2 else np.subtract(*_maps.perspective(half)[::-1])
+    titles = [p.title for p in panels]
+    aspect, foot = float(seen[1] / seen[0]), _maps.FOOT[len(half)]
+    return arrange(titles, groups, per_block=per_block, ncols=ncols, aspect=aspect, foot=foot)
+
+
+def _place(sheet: Sheet, half: np.ndarray) -> list[Axes]:
+    """Put axes where the sheet has its boxes; in three dimensions, so that the box as it is seen fills them."""
     import matplotlib.pyplot as plt
 
-    per_block = n_specimens if n_specimens > 1 else n_panels
-    blocks = n_panels // per_block
-    nrows = -(-per_block // ncols)  # of each block
-    ncols = -(-per_block // nrows)  # rows of even length
-    rows = blocks * nrows
-    width = max(_style.WIDTH, 1.3 * ncols)
-    cells = [(block * nrows + i // ncols) * ncols + i % ncols + 1 for block in range(blocks) for i in range(per_block)]
-    if flat:
-        height = rows * (width / ncols * float(np.clip(half[1] / half[0], 0.3, 1.6)) + 0.2) + 0.6
-        figure = plt.figure(figsize=(width, height), layout="constrained")
-        return [figure.add_subplot(rows, ncols, cell) for cell in cells]
-    # A box in perspective has margins of its own, which an automatic layout would take for contents.
-    height = rows * (0.75 * width / ncols + 0.2) + 0.65
-    figure = plt.figure(figsize=(width, height))
-    figure.subplots_adjust(0.01, 0.65 / height, 0.99, 1 - 0.2 / height, wspace=0.02, hspace=0.2)
-    return [figure.add_subplot(rows, ncols, cell, projection="3d") for cell in cells]
+    figure = plt.figure(figsize=(sheet.width, sheet.height))
+    if len(half) == 2:
+        return [figure.add_axes(sheet.fraction(box)) for box in sheet.panels]
+    low, high = _maps.perspective(half)
+    axes = []
+    for left, bottom, width, height in sheet.panels:
+        side = min(width / (high[0] - low[0]), height / (high[1] - low[1]))  # the axes are square, more or less empty
+        x, y = np.array([left + width / 2, bottom + height / 2]) - side * (low + high) / 2
+        axes.append(figure.add_axes(sheet.fraction((x, y, side, side)), projection="3d"))
+    return axes
 
 
-def _corner(axes: list[Axes]) -> int:
-    """Which panel is the last one at the left edge."""
-    specs = [axis.get_subplotspec() for axis in axes]
-    return max(i for i, spec in enumerate(specs) if spec is not None and spec.colspan.start == 0)
-
-
-LONGEST_TITLE = 18
-
-
-def _draw(ax: Any, panel: Panel, *, flat: bool, vmax: float, size: float | None, half: np.ndarray) -> ScalarMappable:
-    xyz, value = panel.xyz, panel.value
-    if flat and xyz.shape[1] == 3:
-        order = np.argsort(xyz[:, 2], kind="stable")
-        xyz, value = xyz[order], value[order]
-    if flat:
-        xyz = xyz[:, :2]
+def _draw(
+    axes: list[Axes],
+    sheet: Sheet | None,
+    panels: list[Panel],
+    half: np.ndarray,
+    *,
+    limits: list[float],
+    size: float | None,
+) -> list[ScalarMappable]:
+    inches = np.array(sheet.panels[0][2:]) if sheet else np.min([_inches(axis) for axis in axes], axis=0)
     if size is None:
-        size = float(np.clip(2200 / len(xyz), 1.5, 22))
-    absent = np.isnan(value)
-    edges: dict[str, Any] = {"linewidths": 0.25 if size > 3 else 0.0, "edgecolors": "#808080"}
-    more = {} if flat else {"depthshade": False}  # shading would change the colors, which are the data
-    if absent.any():
-        ax.scatter(*xyz[absent].T, s=size, c=_style.ABSENT, linewidths=0, **more)
-    drawn = ax.scatter(*xyz[~absent].T, s=size, c=value[~absent], cmap=CMAP, vmin=-vmax, vmax=vmax, **edges, **more)
-    title = ": ".join(filter(None, [panel.component, panel.title]))
-    # beside each other, long names would run into one line
-    ax.set_title(title if len(title) <= LONGEST_TITLE else title.replace(": ", "\n"), pad=2)
-    names = "xy" if flat else "xyz"
-    for name, low, high in zip(names, *_box(panel, half), strict=False):
-        getattr(ax, f"set_{name}lim")(low, high)
-        getattr(ax, f"set_{name}ticks")([])
-    if flat:
-        ax.set_aspect("equal")
-        ax.spines[:].set_visible(False)
-    else:
-        ax.set_box_aspect(half.copy(), zoom=1.15)  # matplotlib scales what it is given in place
-        ax.patch.set_visible(False)  # it would cover the labels of the panel before
+        size = _maps.marker_size(float(inches.prod()), max(len(p.value) for p in panels))
+    flat = len(half) == 2
+    title = 1.0 if flat or sheet is None else float(_maps.perspective(half)[1][1])  # above what is seen
+    span = _maps.fill(half, inches, size) if flat else half * 1.03
+    drawn = []
+    for axis, panel, vmax in zip(axes, panels, limits, strict=True):
+        drawn.append(_maps.draw(axis, panel, span, vmax=vmax, size=size))
+        axis.set_title(panel.title, pad=3, y=title).set_y(title)  # three-dimensional axes change the first
     return drawn
 
 
-def _box(panel: Panel, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where a panel begins and ends: as wide as the widest, so that sizes compare and one scale bar serves all."""
-    center = (panel.xyz.min(0) + panel.xyz.max(0)) / 2
-    return center - half, center + half
+def _mark(
+    axes: list[Axes], sheet: Sheet | None, panels: list[Panel], half: np.ndarray, names: list[str], units: str
+) -> None:
+    """Name the axes at the panel in the lower left corner, and draw one scale bar."""
+    corner = _corner(sheet.panels) if sheet else 0
+    length = _maps.bar_length(2 * half[0])
+    if len(half) == 2:
+        _maps.bar_flat(axes[-1], length, units)
+        narrow = _inches(axes[corner])[0] < 1.3
+        _maps.name_flat(axes[corner], names, below=narrow and corner == len(axes) - 1)
+        return
+    words = _maps.mark_3d(axes[corner], panels[corner].center, half * 1.03, names, length, units)
+    place, transform = (0.0, 0.0), axes[corner].transAxes
+    if sheet:
+        figure = _style.figure_of(axes[corner])
+        place, transform = (0.1 / sheet.width, (sheet.foot - 0.04) / sheet.height), figure.transFigure
+    axes[corner].annotate(words, place, xycoords=transform, fontsize=7, va="top", annotation_clip=False)
 
 
-def _mark(ax: Any, panel: Panel, half: np.ndarray, flat: bool, units: str, names: list[str]) -> None:
-    """Name the axes and draw the scale bar, once."""
-    length = 2 * half[0] / 4
-    step = 10.0 ** np.floor(np.log10(length))
-    length = step * max(k for k in (1, 2, 5) if k * step <= length)
-    low, _ = _box(panel, half)
-    if flat:
-        ax.plot([low[0], low[0] + length], [low[1], low[1]], color=_style.INK, linewidth=1.5, clip_on=False)
-        ax.set_xlabel(f"{names[0]}  (bar: {length:g} {units})", fontsize=7, labelpad=3, loc="left")
-        ax.set_ylabel(names[1], fontsize=7, labelpad=2)
-    else:
-        ax.plot([low[0], low[0] + length], [low[1]] * 2, [low[2]] * 2, color=_style.INK, linewidth=2, clip_on=False)
-        for name, label in zip("xyz", names, strict=True):
-            getattr(ax, f"set_{name}label")(label.rsplit(" ", 1)[1], fontsize=7, labelpad=-14)
-        basis = names[0].rsplit(" ", 1)[0]
-        ax.text2D(0.0, -0.03, f"{basis}  (bar: {length:g} {units})", transform=ax.transAxes, fontsize=7, va="top")
+def _corner(panels: Sequence[Box]) -> int:
+    """Which panel is the last one at the left edge."""
+    left = min(box[0] for box in panels)
+    return max(i for i, box in enumerate(panels) if box[0] < left + 0.01)
 
 
-def _colorbar(axes: list[Axes], drawn: ScalarMappable, label: str, *, flat: bool, extend: str) -> None:
-    figure = _style.figure_of(axes[0])
-    width, height = figure.get_size_inches()
-    length = min(0.8 * width, 2.6)  # inches, as is the thickness of 0.08
-    if flat:
-        place: dict[str, Any] = {"ax": axes, "location": "bottom", "shrink": length / width, "aspect": length / 0.08}
-    else:
-        box = ((1 - length / width) / 2, 0.42 / height, length / width, 0.08 / height)
-        place = {"cax": figure.add_axes(box), "orientation": "horizontal"}
-    bar = figure.colorbar(drawn, label=label, extend=extend, **place)
-    bar.outline.set_linewidth(0.5)
-    bar.ax.tick_params(labelsize=7)
+def _inches(ax: Axes) -> np.ndarray:
+    return np.array(ax.get_position().size * _style.figure_of(ax).get_size_inches())

@@ -32,11 +32,14 @@ def posterior(
 ) -> Axes:
     """Draw the posterior density of each component's standard deviation or share, with median and 95% interval.
 
-    Needs :func:`cellfate.tl.decompose`. Every curve is drawn to its own height. A density that leans on zero says that the data do not rule the component out
-    and do not show it either.
+    Needs :func:`cellfate.tl.decompose`. Every curve is drawn to its own height, and a long tail is cut at its 99%
+    quantile. The bar under a curve is the equal-tailed 95% interval, from the 2.5% to the 97.5% quantile of the draws.
+    A density that leans on zero says that the data do not rule the component out and do not show it either.
 
     Parameters
     ----------
+    key
+        The `key_added` of the fit.
     quantity
         ``"sd"`` (default) or ``"variance"`` on link scale, ``"share"`` of the latent variance, ``"lengthscale"``.
     components
@@ -51,19 +54,19 @@ def posterior(
     import matplotlib
     import matplotlib.pyplot as plt
 
-    draws = _pick(get.draws(adata, key), quantity, components)
-    response = str(get.components(adata, key)["response"].iloc[0])
+    draws, table = _pick(get.draws(adata, key), quantity, components), get.components(adata, key)
+    response = str(table["response"].iloc[0])
     units = _style.link_units(get.params(adata, key), response)
     label = {
         "sd": f"standard deviation ({units})",
         "variance": f"variance ({units}, squared)",
-        "share": "share of the variance of the linear predictor",
+        "share": _style.share_label(table["component"]),
         "lengthscale": "length-scale (units of the coordinates)",
     }[quantity]
     with matplotlib.rc_context(_style.STYLE):
         given = ax is not None
         if ax is None:
-            height = 0.65 + 0.42 * draws.shape[1]
+            height = 0.72 + 0.42 * draws.shape[1]
             _, ax = plt.subplots(figsize=(_style.WIDTH, height), layout="constrained")
         _draw(ax, draws, upper=1.0 if quantity == "share" else np.inf)
         ax.set_xlabel(label)
@@ -86,9 +89,9 @@ def _pick(draws: pd.DataFrame, quantity: str, components: Sequence[str] | None) 
 
 
 def _draw(ax: Axes, draws: pd.DataFrame, *, upper: float) -> None:
-    high = min(upper, draws.quantile(0.999).max() * 1.05)
-    low = 0.0 if draws.quantile(0.001).min() < 0.3 * high else draws.quantile(0.001).min() * 0.9
-    grid = np.linspace(low, upper if high > 0.7 * upper else high, GRID)
+    # As far as the 99% quantile of the widest: beyond, a tail would press everything else together.
+    high, low = draws.quantile(0.99).max() * 1.02, draws.quantile(0.01).min() * 0.9
+    grid = np.linspace(0.0 if low < 0.3 * high else low, upper if high > 0.7 * upper else high, GRID)
     names = list(draws)
     colors = _style.colors(names)
     for y, name in enumerate(reversed(names)):
@@ -99,22 +102,34 @@ def _draw(ax: Axes, draws: pd.DataFrame, *, upper: float) -> None:
         ax.plot(grid, curve, color=colors[name], linewidth=0.8)
         ax.hlines(y, lower, higher, color=colors[name], linewidth=2.2)
         ax.plot(median, y, "o", markersize=4.5, color=colors[name], markeredgecolor="white", markeredgewidth=0.6)
-        _style.note(ax, y, f"{median:.2f} [{lower:.2f}, {higher:.2f}]")
-    _style.note(ax, len(names) - 0.5, "median [95%]")
+        numbers = _style.percents if np.isfinite(upper) else _style.interval  # what is bounded is a share
+        _style.note(ax, y, numbers(median, lower, higher))
+    _style.note(ax, len(names), "median [95%]")
     ax.set_xlim(grid[0], grid[-1])
-    ax.set_ylim(-0.25, len(names) - 0.1)
+    ax.set_ylim(-0.25, len(names) + 0.2)
+    if np.isfinite(upper):
+        _style.percent_axis(ax.xaxis, grid[0], grid[-1])
     ax.set_yticks(range(len(names)), names[::-1])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
 
 
 def density(x: np.ndarray, grid: np.ndarray, *, lower: float, upper: float) -> np.ndarray:
-    """Kernel density of draws that live between two bounds: mass that would leak out is folded back."""
-    distinct = len(np.unique(x))  # draws repeat where a few points carry much of the weight
-    if distinct < 2:
+    """Kernel density of draws that live between two bounds: mass that would leak out is folded back.
+
+    Draws repeat where a few points carry much of the weight. They are then so many distinct values with weights w, and
+    the bandwidth is for 1 / sum(w^2) of them, so that a repeated draw makes no bump.
+    """
+    value, count = np.unique(x, return_counts=True)
+    if len(value) < 2:
         raise ValueError(f"All draws are {x[0]:.4g}: there is no density to draw. Was it held fixed in the fit?")
-    spread = min(x.std(), (np.quantile(x, 0.75) - np.quantile(x, 0.25)) / 1.349 or np.inf)
-    bandwidth = 0.9 * spread * distinct**-0.2  # Silverman (1986), eq. 3.31
-    mirrored = [x, 2 * lower - x] + ([2 * upper - x] if np.isfinite(upper) else [])
-    z = (grid[:, None] - np.concatenate(mirrored)) / bandwidth  # (grid, draws)
-    return np.exp(-0.5 * z**2).sum(1) / (len(x) * bandwidth * np.sqrt(2 * np.pi))
+    weight = count / len(x)
+    effective = 1 / np.square(weight).sum()
+    low, high = np.quantile(value, [0.25, 0.75])  # of distinct values: one heavy draw can be a quarter of all
+    spread = min(x.std(), (high - low) / 1.349)
+    bandwidth = 0.9 * spread * effective**-0.2  # Silverman (1986), eq. 3.31
+    total = np.zeros(len(grid))
+    for center in (value, 2 * lower - value, 2 * upper - value):
+        z = (grid[:, None] - center) / bandwidth  # (grid, values); infinitely far for a bound that is not there
+        total += np.exp(-0.5 * z**2) @ weight
+    return total / (bandwidth * np.sqrt(2 * np.pi))

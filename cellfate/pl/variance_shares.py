@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-AXIS = {
-    "latent": "share of the variance of the linear predictor",
-    "link": "share of the variance on link scale",
-    "realized": "share of the realized variance in these cells",
-}
 BAR = 0.72  # height of a bar, in rows
 GAP = 0.9  # rows between responses
 
@@ -33,11 +28,14 @@ def variance_shares(
 ) -> Axes:
     """Draw the mean shares as one stacked bar per response, and under it each component's mean and 95% interval.
 
-    Needs :func:`cellfate.tl.decompose`. A negative share, which only the realized scale has (ancestry and neighborhood
-    that offset each other), hangs to the left of zero.
+    Needs :func:`cellfate.tl.decompose`. Intervals are equal-tailed, from the 2.5% to the 97.5% quantile of the draws. A
+    negative share, which only the realized scale has (ancestry and neighborhood that offset each other), hangs to the
+    left of zero.
 
     Parameters
     ----------
+    key
+        The `key_added` of the fit.
     scale
         As in :func:`cellfate.get.components`.
     ax
@@ -62,7 +60,7 @@ def variance_shares(
         if ax is None:
             _, ax = plt.subplots(figsize=(_style.WIDTH, 0.6 + 0.22 * rows), layout="constrained")
         _draw(ax, blocks, _style.colors(table["component"]))
-        ax.set_xlabel(AXIS.get(scale, f"share of variance ({scale})"))
+        ax.set_xlabel(_style.share_label(table["component"], scale))
     _style.finish(_style.figure_of(ax), given_ax=given, show=show, save=save)
     return ax
 
@@ -83,10 +81,11 @@ def _draw(ax: Axes, blocks: list[tuple[str, pd.DataFrame]], colors: dict[str, st
             color = colors[row.component]
             ax.hlines(y, row.share_lower, row.share_upper, color=color, linewidth=1.6)
             ax.plot(row.share, y, "o", markersize=4.5, color=color, markeredgecolor="white", markeredgewidth=0.6)
-            _style.note(ax, y, f"{100 * row.share:.0f}% [{100 * row.share_lower:.0f}, {100 * row.share_upper:.0f}]")
+            _style.note(ax, y, _style.percents(row.share, row.share_lower, row.share_upper))
             edges += [row.share_lower, row.share_upper]
         y += 1 + GAP
     ax.set_xlim(min(edges), max(edges))
+    _style.percent_axis(ax.xaxis, min(edges), max(edges))
     if min(edges) < 0:
         ax.axvline(0, color=_style.INK, linewidth=0.6, zorder=0)
     ax.set_ylim(max(rows) + 0.6, -0.6)

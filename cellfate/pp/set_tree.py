@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +15,8 @@ from cellfate._runtime import logger
 from cellfate.errors import DataError
 from cellfate.io.columns import among, check_adata
 from cellfate.io.lineage import POLICIES, looks_like_newick, no_leaf
-from cellfate.trees.convert import to_forest, to_graph, to_newick, to_newick_dict
+from cellfate.io.store import own
+from cellfate.trees.convert import LENGTHS, TIMES, to_forest, to_graph, to_newick, to_newick_dict
 from cellfate.trees.forest import Forest, examples
 
 if TYPE_CHECKING:
@@ -28,7 +32,8 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
         Cells; their `obs_names` are the names of the leaves.
     tree
         A networkx `DiGraph` (edges have `length`, or nodes have `time` or `depth`), Newick text (several trees are a
-        forest), an edge table with columns `parent`, `child` and perhaps `length`, or a dict of those by specimen.
+        forest) or a `pathlib.Path` to a file of it, an edge table with columns `parent`, `child` and perhaps `length`, or a
+        dict of those by specimen. Without lengths and times every branch counts 1.
     key_added
         Where to store it. A tree that is there already is replaced, anything else is an error.
     missing
@@ -39,20 +44,25 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
     Returns
     -------
     `None`. Writes `adata.uns[key_added]` (Newick text, or a dict of it by specimen where a dict came in); in a
-    `TreeData`, a single tree goes to `adata.obst[key_added]` instead (`DiGraph` with `length` on its edges). Cells
+    `TreeData`, a single tree goes to `adata.obst[key_added]` instead (`DiGraph` with `length` on its edges, and with whatever
+    else the nodes and edges of a given graph carry). Cells
     without a leaf are noted in `adata.uns[f"{key_added}_missing"]`.
     """
     check_adata(adata)
     if missing not in POLICIES:
         raise DataError(f"missing is {missing!r}, wanted one of {examples(POLICIES)}.")
+    tree = _read_file(tree) if isinstance(tree, os.PathLike) else tree
     by_specimen = isinstance(tree, Mapping) and not {"parent", "child"} <= set(tree)
     forest = to_forest(tree)
     in_obst = hasattr(adata, "obst") and not by_specimen and forest.n_trees == 1
     _check_slots(adata, key_added, in_obst, forest)
     names = adata.obs_names.to_numpy().astype(object)
+    if not has_lengths(tree, forest):
+        logger.info("no branch lengths found: every branch counts 1")
     forest, without = _align(forest, names, missing)
+    own(adata)
     if in_obst:
-        _store_graph(adata, key_added, forest)
+        _store_graph(adata, key_added, forest, tree)
     else:
         adata.uns[key_added] = to_newick_dict(forest) if by_specimen else to_newick(forest)
     note = _keys.missing(key_added)
@@ -100,7 +110,7 @@ def _check_slots(adata: AnnData, key: Any, in_obst: bool, forest: Forest) -> Non
                 f"{len(slashed)} specimens have a name that cannot be a key in a file: {examples(slashed)}. Rename "
                 "them without '/', in the trees and in obs."
             )
-    if key in adata.uns and not looks_like_newick(adata.uns[key]):
+    if key in adata.uns and not _is_tree(adata, adata.uns[key]):
         raise DataError(
             f"uns[{key!r}] is taken by something that is no tree (a {type(adata.uns[key]).__name__}). "
             "Choose another key_added."
@@ -125,8 +135,63 @@ def _check_slots(adata: AnnData, key: Any, in_obst: bool, forest: Forest) -> Non
         )
 
 
-def _store_graph(adata: Any, key: str, forest: Forest) -> None:
+def _read_file(path: os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(
+            f"The tree cannot be read from {os.fspath(path)!r}: {e}. Give the path of a Newick file."
+        ) from e
+
+
+def _is_tree(adata: AnnData, value: Any) -> bool:
+    """Is this a tree, and not text that happens to end like one? A single word is a tree only of a cell of that name."""
+    if not looks_like_newick(value):
+        return False
+    try:
+        forest = to_forest(value)
+    except DataError:
+        return False
+    return forest.n_nodes > forest.n_trees or bool(among(forest.names, adata.obs_names).any())
+
+
+def has_lengths(tree: Any, forest: Forest) -> bool:
+    """Whether lengths were read, or times, instead of set to 1."""
+    if (forest.branch_length[~forest.is_root] != 1.0).any() or isinstance(tree, Forest):
+        return True
+    if isinstance(tree, str):
+        return ":" in re.sub(r"'[^']*'|\[[^\]]*\]", "", tree)
+    if hasattr(tree, "is_directed"):
+        return any(k in data for _, _, data in tree.edges(data=True) for k in LENGTHS) or any(
+            k in data for _, data in tree.nodes(data=True) for k in TIMES
+        )
+    if isinstance(tree, np.ndarray):
+        return tree.shape[1] > 2
+    columns = set(tree.columns) if hasattr(tree, "columns") else set(tree) if isinstance(tree, Mapping) else set()
+    if {"parent", "child"} <= columns:
+        return bool(columns & set(LENGTHS))
+    return any(has_lengths(one, forest) for one in (tree.values() if isinstance(tree, Mapping) else tree))
+
+
+def _with_attributes(graph: Any, source: Any) -> Any:
+    """The graph with what the nodes and edges of the user's graph carry, lengths apart."""
+    original = {str(node): node for node in source.nodes}
+    graph.graph.update(source.graph)
+    for node, data in graph.nodes(data=True):
+        if node in original:
+            data.update({k: v for k, v in source.nodes[original[node]].items() if k not in data})
+    for above, below, data in graph.edges(data=True):
+        if above in original and source.has_edge(original[above], original.get(below)):
+            found = source.edges[original[above], original[below]]
+            data.update({k: v for k, v in found.items() if k not in data})
+    return graph
+
+
+def _store_graph(adata: Any, key: str, forest: Forest, source: Any) -> None:
     """Into `.obst`, which labels the cells of its trees in an obs column of its own."""
+    graph = to_graph(forest)
+    if hasattr(source, "is_directed"):
+        graph = _with_attributes(graph, source)
     label = adata.label
     if label in adata.obs.columns and not len(adata.obst) and adata.obs[label].notna().any():
         raise DataError(
@@ -134,6 +199,6 @@ def _store_graph(adata: Any, key: str, forest: Forest) -> None:
             "set `adata.label = None`."
         )
     try:
-        adata.obst[key] = to_graph(forest)
+        adata.obst[key] = graph
     except ValueError as e:
         raise DataError(f"TreeData does not take the tree (alignment {adata.alignment!r}): {e}.") from e

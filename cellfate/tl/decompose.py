@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,17 +12,21 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
-from cellfate.errors import DataError
+from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference.fit import GLMM
 from cellfate.io.anndata import read_cells
+from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of
+from cellfate.io.groups import TAKEN
 from cellfate.io.store import check_free, write_results
 from cellfate.kernels.base import Component
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.lineage import LINEAGE_KERNELS
-from cellfate.kernels.spatial import SPATIAL_KERNELS
+from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
+from cellfate.trees.forest import Forest
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
+FAR = 5.0  # times the extent, or below the distance of neighbors, that a length-scale may be held at
 
 if TYPE_CHECKING:
     import torch
@@ -84,15 +90,15 @@ def decompose(
     groups
         Columns of `adata.obs` with a random intercept per level. By default, where `library_key` tells three or more
         specimens apart and is not in the formula, the specimen: what makes specimens differ as a whole is not neighborhood.
-        Give ``[]`` for none.
+        One line of the log says so. Give ``[]`` for none.
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials
         Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
     priors
         By name: `sd_lineage`, `sd_spatial`, `sd_<group>`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
-        `lambda_lineage`, `dispersion`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
-        ``("normal", sd)``, ``("uniform",)``, ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
+        `lambda_lineage`, `rate_lineage`, `dispersion`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
+        ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
         standard deviation on link scale (times the response's own for gaussian).
     reml
         Integrate the fixed effects out under a wide prior; otherwise maximize over them.
@@ -132,8 +138,8 @@ def decompose(
     """
     model = {"engine": engine, "device": device, "dtype": dtype, "method": method, "reml": reml, "priors": priors}
     _check_kernels(lineage_kernel, spatial_kernel, lengthscale)
+    check_adata(adata)
     check_free(adata, key_added)
-    groups = _specimen_group(adata, groups, formula, spatial, library_key)
     cells = read_cells(
         adata,
         fate,
@@ -147,6 +153,7 @@ def decompose(
         offset=offset,
         trials=trials,
     )
+    cells = _with_specimens(cells, groups, formula, lineage_kernel, library_key)
     components = _components(cells, lineage_kernel, spatial_kernel, lengthscale)
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
     logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
@@ -176,19 +183,33 @@ def decompose(
     return adata if copy else None
 
 
-def _specimen_group(
-    adata: AnnData, groups: str | list[str] | None, formula: str, spatial: Any, library_key: str | None
-) -> str | list[str] | None:
+def _with_specimens(cells: Cells, groups: Any, formula: str, lineage_kernel: str, library_key: str | None) -> Cells:
     """The specimen as a grouping factor, unless the user chose the groups or put it into the formula.
 
     A field of its own can also carry the mean of a specimen, as a length-scale beyond its extent: a difference between
     founders, stages or stainings would then be called neighborhood.
     """
-    if groups is not None or spatial is None or library_key is None or library_key not in getattr(adata, "obs", ()):
-        return groups
-    if library_key in columns_of(formula) or adata.obs[library_key].nunique() < FEWEST_SPECIMENS:
-        return groups
-    return [library_key]
+    if groups is not None or library_key is None or cells.coordinates is None or cells.n_specimens < FEWEST_SPECIMENS:
+        return cells
+    clones = lineage_kernel == "clone" and cells.forest is not None
+    if (
+        library_key in (*TAKEN, cells.response_name, *columns_of(formula))
+        or (clones and _same_split(cells.forest.tree[cells.leaf], cells.specimen))  # type: ignore[union-attr]
+    ):
+        return cells
+    logger.info(
+        "each of the %d specimens of obs[%r] gets a random intercept, component %r, so that a difference between whole "
+        "specimens is not called neighborhood; groups=[] leaves it out",
+        cells.n_specimens,
+        library_key,
+        library_key,
+    )
+    return replace(cells, groups={library_key: cells.specimen}, group_levels={library_key: cells.specimens})
+
+
+def _same_split(one: np.ndarray, other: np.ndarray) -> bool:
+    pairs = len(np.unique(np.column_stack([one, other]), axis=0))
+    return pairs == len(np.unique(one)) == len(np.unique(other))
 
 
 def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> None:
@@ -201,19 +222,57 @@ def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float 
                 raise NotImplementedError(
                     f"spatial_kernel {name!r} is not there yet; use a kernel of positions, 'matern32'."
                 )
-            raise DataError(f"unknown {argument} {name!r}; choose from {', '.join(known)}.")
+            raise unknown(argument, name, known)
     if lengthscale is not None and not (
         isinstance(lengthscale, int | float | np.number) and np.isfinite(lengthscale) and lengthscale > 0
     ):
         raise DataError(f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates.")
 
 
+def _warn_of_lengthscale(kernel: SpatialKernel) -> None:
+    """A length-scale that is held where positions cannot show it, most often for its units."""
+    if kernel.lengthscale is None:
+        return
+    nearest, extent = kernel.bounds
+    if kernel.lengthscale > FAR * extent:
+        what = f"far beyond the extent of the tissue, {extent:.3g}: the field is all but constant"
+    elif kernel.lengthscale < nearest / FAR:
+        what = f"far below the distance of nearest neighbors, {nearest:.3g}: no cell has a neighbor"
+    else:
+        return
+    warnings.warn(
+        f"lengthscale is {kernel.lengthscale:.3g}, {what}. Check that both are in one unit, or leave it out to have it estimated.",
+        CellfateWarning,
+        stacklevel=4,
+    )
+
+
+def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
+    """All leaves hang on the root, equally far: what ancestry then explains is what every cell has for itself."""
+    parent = forest.parent[forest.leaves]
+    if lineage_kernel == "clone" or (parent < 0).any() or not forest.is_root[parent].all():
+        return
+    length = forest.branch_length[forest.leaves]
+    rooted = bool(forest.branch_length[forest.is_root].any()) or lineage_kernel == "ou"
+    if np.ptp(length) > 1e-9 * length.max() or (forest.n_trees > 1 and rooted):  # there, a tree is a clone
+        return
+    warnings.warn(
+        f"the tree is a star: its {forest.n_leaves} leaves all hang on {'the root' if forest.n_trees == 1 else 'a root'}, on "
+        "branches of one length. It holds no ancestry, and what is called lineage is confounded with the residual. Take "
+        "lineage=None, or a resolved tree.",
+        CellfateWarning,
+        stacklevel=4,
+    )
+
+
 def _components(cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> list[Component]:
     out = []
     if cells.forest is not None and cells.leaf is not None:
+        _warn_of_star(cells.forest, lineage_kernel)
         out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
     if cells.coordinates is not None:
         kernel = SPATIAL_KERNELS[spatial_kernel](cells.coordinates, cells.specimen, lengthscale)
+        _warn_of_lengthscale(kernel)
         out.append(Component("spatial", kernel))
     out += [Component(name, Intercepts(codes)) for name, codes in cells.groups.items()]
     return out

@@ -437,7 +437,10 @@ def test_a_hundred_thousand_cells_take_seconds():
         ({"groups": {"b": (1, 1.0)}}, r"groups\['b'\] is 1: it has to be 2 levels or more"),
         ({"groups": {"fate": (2, 1.0)}}, "name of a covariate or group is 'fate': it has to be another one"),
         ({"coefficients": {"b": 1.0}, "groups": {"b": (2, 1.0)}}, "name of a covariate or group is 'b'"),
-        ({"lineage_kernel": "brown"}, "lineage_kernel is 'brown': it has to be one of brownian, ou, pagel, early_burst, clone"),
+        (
+            {"lineage_kernel": "brown"},
+            "lineage_kernel is 'brown': it has to be one of brownian, ou, pagel, early_burst, clone",
+        ),
         ({"spatial_kernel": "matern"}, "spatial_kernel is 'matern': it has to be one of matern12"),
         ({"alpha": 1.0}, "alpha is 1.0: it has to be left out unless lineage_kernel='ou'"),
         ({"alpha": -1.0, "lineage_kernel": "ou"}, "alpha is -1.0: it has to be positive"),

@@ -44,7 +44,8 @@ def test_components_agree_with_the_draws():
 
 
 @pytest.mark.parametrize(
-    "getter", [cf.get.components, cf.get.draws, cf.get.fixed_effects, cf.get.effects, cf.get.params]
+    "getter",
+    [cf.get.components, cf.get.draws, cf.get.fixed_effects, cf.get.hyperparameters, cf.get.effects, cf.get.params],
 )
 def test_what_comes_back_is_a_copy(getter):
     adata = synthetic_result()
@@ -56,6 +57,32 @@ def test_what_comes_back_is_a_copy(getter):
     else:
         changed.iloc[:, -1] = -1.0
         pd.testing.assert_frame_equal(getter(adata), first)
+
+
+def test_hyperparameters_are_what_is_no_variance_share_or_coefficient():
+    adata = synthetic_result()
+    draws = adata.uns["cellfate"]["draws"]
+    draws["alpha_lineage"] = np.linspace(0.5, 2.0, len(draws))
+    draws["dispersion"] = 0.25
+    table = cf.get.hyperparameters(adata)
+    assert list(table.columns) == ["term", "median", "mean", "sd", "lower", "upper"]
+    assert list(table["term"]) == ["lengthscale_spatial", "alpha_lineage", "half_life_lineage", "dispersion"]
+    table = table.set_index("term")
+    assert table.loc["alpha_lineage", "median"] == pytest.approx(1.25)
+    assert table.loc["half_life_lineage", "median"] == pytest.approx(np.log(2) / 1.25, rel=1e-3)
+    assert table.loc["half_life_lineage", "upper"] == pytest.approx(
+        np.log(2) / table.loc["alpha_lineage", "lower"], rel=1e-2
+    )
+    assert table.loc["dispersion", ["median", "sd", "lower", "upper"]].tolist() == [0.25, 0.0, 0.25, 0.25]
+    assert table.loc["lengthscale_spatial", "lower"] == pytest.approx(draws["lengthscale_spatial"].quantile(0.025))
+
+
+def test_a_model_without_hyperparameters_has_an_empty_table():
+    adata = synthetic_result()
+    del adata.uns["cellfate"]["draws"]["lengthscale_spatial"]
+    table = cf.get.hyperparameters(adata)
+    assert table.shape == (0, 6)
+    assert table["median"].dtype == float
 
 
 def test_effects_are_rows_of_cells():
@@ -77,7 +104,7 @@ def test_tables_survive_a_trip_to_disk(tmp_path, suffix):
     path = tmp_path / f"result.{suffix}"
     getattr(adata, f"write_{suffix}")(path)
     back = getattr(anndata, f"read_{suffix}")(path)
-    for getter in (cf.get.components, cf.get.draws, cf.get.fixed_effects):
+    for getter in (cf.get.components, cf.get.draws, cf.get.fixed_effects, cf.get.hyperparameters):
         pd.testing.assert_frame_equal(getter(back), getter(adata), check_dtype=False)
     pd.testing.assert_frame_equal(cf.get.effects(back), cf.get.effects(adata), check_names=False)
     assert cf.get.params(back)["link"] == "logit"

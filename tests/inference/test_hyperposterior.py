@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cellfate.inference.free_energy import evaluate
-from cellfate.inference.hyperposterior import Hyperposterior, integrate
+from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, integrate
 from cellfate.inference.mode import find_mode
 from cellfate.inference.sites import Laplace, Variational
 from cellfate.kernels.base import Component
@@ -199,7 +199,8 @@ def test_hyperparameters_correlate_as_on_the_grid(gridded):
 def test_effects_and_fixed_effects_are_mixtures_over_the_grid(gridded):
     grid, found = gridded
     for name, (mean, sd) in grid.effects.items():
-        np.testing.assert_allclose(found.effects[name][0], mean, atol=0.03 * sd.mean())
+        # sites are settled to LOOSE posterior sds
+        np.testing.assert_allclose(found.effects[name][0], mean, atol=LOOSE * sd.mean())
         assert (found.effects[name][1] / sd).mean() == pytest.approx(1, abs=0.05)
         assert np.abs(found.effects[name][1] / sd - 1).mean() < 0.08
     sd = np.sqrt(np.diag(grid.beta_covariance))

@@ -12,9 +12,10 @@ import pytest
 from cellfate import DataError
 from cellfate.io.anndata import read_cells
 from cellfate.pp import set_tree
+from cellfate.tl import decompose
 from tests.embryo import HALVES, N, embryo, half_tree, one_tree, trees, unchanged
 
-DOORS = [read_cells]
+DOORS = [read_cells, decompose]
 
 
 def obs(key, values, cells=slice(None)):

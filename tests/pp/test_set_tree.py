@@ -1,5 +1,7 @@
 """The tree on its way in: what is stored, where, and what is left alone."""
 
+import logging
+
 import anndata
 import networkx as nx
 import numpy as np
@@ -95,11 +97,12 @@ def test_a_note_survives_files(tmp_path):
     assert "tree_missing" not in back.uns
 
 
-def test_a_view_becomes_a_copy_and_its_parent_is_left_alone():
+def test_a_view_becomes_a_copy_and_its_parent_is_left_alone(caplog):
     adata = embryo(tree=False)
     view = adata[: N // 2]
-    with unchanged(adata), pytest.warns(anndata.ImplicitModificationWarning):
+    with unchanged(adata), caplog.at_level(logging.INFO, logger="cellfate"):
         cf.pp.set_tree(view, trees()["left"])
+    assert "adata was a view and is now a copy of its own" in caplog.text
     assert to_forest(view.uns["tree"]).n_leaves == N // 2
 
 
@@ -133,7 +136,7 @@ def test_treedata_missing():
 def test_treedata_views_become_copies():
     tdata = treedata()
     view = tdata[: N // 2]
-    with unchanged(tdata), pytest.warns(UserWarning, match="initializing view as actual"):
+    with unchanged(tdata):
         cf.pp.set_tree(view, trees()["left"])
     assert not view.is_view
     assert read_cells(view, "fate", family="bernoulli").n == N // 2
@@ -182,3 +185,68 @@ def test_fifty_thousand_generations():
         graph.add_edge(f"n{i}", f"c{i}", length=1.0)
     cf.pp.set_tree(adata, graph)
     assert to_forest(adata.uns["tree"]).height == 49_999
+
+
+def test_what_the_users_graph_carries_is_kept():
+    tdata = treedata()
+    cf.pp.set_tree(tdata, one_tree())
+    graph = tdata.obst["tree"].copy()
+    graph.nodes["c3"]["edits"] = "ACGT"
+    graph.edges["zygote", "g4_0"]["support"] = 0.9
+    graph.graph["source"] = "cassiopeia"
+    tdata.obst["tree"] = graph
+    cf.pp.set_tree(tdata, tdata.obst["tree"])
+    assert tdata.obst["tree"].nodes["c3"]["edits"] == "ACGT"
+    assert tdata.obst["tree"].edges["zygote", "g4_0"] == {"support": 0.9, "length": 1.0}
+    assert tdata.obst["tree"].graph["source"] == "cassiopeia"
+
+
+def test_pruned_graphs_keep_what_is_left():
+    tdata = treedata()
+    graph = to_graph(to_forest(one_tree()))
+    graph.add_edge("zygote", "stranger", length=1.0)
+    nx.set_node_attributes(graph, {node: len(node) for node in graph}, "size")
+    cf.pp.set_tree(tdata, graph, missing="drop")
+    assert "stranger" not in tdata.obst["tree"]
+    assert all(data["size"] == len(node) for node, data in tdata.obst["tree"].nodes(data=True))
+
+
+@pytest.mark.parametrize("text", ["to do: look again;", "draft;", "(see notes;", "nothing"])
+def test_text_that_is_no_tree_is_not_replaced(text):
+    adata = embryo(tree=False)
+    adata.uns["tree"] = text
+    with unchanged(adata), pytest.raises(DataError, match=r"uns\['tree'\] is taken by something that is no tree"):
+        cf.pp.set_tree(adata, one_tree())
+
+
+def test_a_file_is_read(tmp_path):
+    (tmp_path / "tree.nwk").write_text(one_tree() + "\n")
+    adata = embryo(tree=False)
+    cf.pp.set_tree(adata, tmp_path / "tree.nwk")
+    np.testing.assert_array_equal(paths(adata.uns["tree"], adata.obs_names), paths(one_tree(), adata.obs_names))
+    with pytest.raises(DataError, match=r"cannot be read from .*other\.nwk"):
+        cf.pp.set_tree(adata, tmp_path / "other.nwk")
+
+
+EDGES = [("root", f"c{i}") for i in range(N)]
+TABLE = pd.DataFrame(EDGES, columns=["parent", "child"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (nx.DiGraph(EDGES), True),
+        (one_tree().replace(":1.0", ""), True),
+        (TABLE, True),
+        ({name: text.replace(":1.0", "") for name, text in trees().items()}, True),
+        (one_tree(), False),
+        (to_graph(to_forest(one_tree())), False),
+        (TABLE.assign(length=1.0), False),
+        (trees(), False),
+    ],
+    ids=["graph", "newick", "table", "dict", "newick 1", "graph 1", "table 1", "dict 1"],
+)
+def test_unit_lengths_are_said(tree, said, caplog):
+    with caplog.at_level(logging.INFO, logger="cellfate"):
+        cf.pp.set_tree(embryo(tree=False), tree)
+    assert ("no branch lengths found: every branch counts 1" in caplog.text) == said
