@@ -76,7 +76,8 @@ def test_a_thinned_model_keeps_units_and_priors():
     assert thin.response_scale == model.response_scale
     engine = dense_engine(model.components, model.data.n).at(thin.components, np.arange(4, 16))
     here = evaluate(thin, engine, thin.theta(thin.start()[None]), Variational())
-    assert here.free_energy.isfinite().all() and here.posterior.mean.isfinite().all()
+    assert here.free_energy.isfinite().all()
+    assert here.posterior.mean.isfinite().all()
 
 
 def test_an_overflow_is_a_status_and_not_an_exception():
@@ -184,5 +185,6 @@ def test_a_star_of_sisters_is_fitted_beside_a_field():
     components = [Component("lineage", Brownian(forest, leaf)), Component("spatial", Matern32(xy, lengthscale=0.8))]
     model = Model(base.family, components, base.data)
     mode = find_mode(model, dense_engine(components, 6), Variational())
-    assert mode.converged and np.isfinite(mode.free_energy)
+    assert mode.converged
+    assert np.isfinite(mode.free_energy)
     assert FIXED not in mode.at_bound
