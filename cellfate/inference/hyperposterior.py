@@ -35,9 +35,9 @@ DRAWS = 4000  # equally weighted, kept
 FIELDS = 16  # draws of the fields at each point, for realized variances and the spread of effects
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
+DEEP = 25.0  # nats below which a density is as good as none
 USELESS = 1.0  # error from which on the interpolant is not used at all
 ROUNDS = 3  # of proposals
-FILLS = 5  # of gaps
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,13 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
         return _summarize(model, points, np.ones(1), draws, _Diagnostics(mode.free_energy, -np.inf, 0.0, DRAWS), rng)
-    count = 48 if d <= 3 else 96 if d <= 5 else 192
+    most = 48 if d <= 3 else 96 if d <= 5 else 192
     if engine.points_at_once(MEMORY) >= MANY:
-        count = min(2 * count, 256)  # where points are cheap
-    fill = int(FILL * count)
+        count = most = min(2 * most, 256)
+        fill = int(FILL * count)
+    else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
+        count, fill = 16 + 6 * d, 4 + 2 * d
+    most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
     parts: list[_Points] = []
@@ -128,7 +131,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
     drawn = points
-    for _ in range(FILLS if np.isfinite(cloud.error) else 0):
+    while np.isfinite(cloud.error) and len(points.u) < most:
         parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill), rng))
         points = _Points.join(parts)
         cloud.fit(points)
@@ -187,24 +190,32 @@ class _Cloud:
         if good.sum() < 4 * (len(self._centre) + 1):
             return False
         rows, columns = np.tril_indices(points.beta.shape[1])
+        # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
+        log_ratio = np.maximum(log_ratio, log_ratio[good].max() - DEEP)
         values = np.column_stack([log_ratio[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
         z = self._whiten(points.u[good])
-        surface = Surface(z, values)
-        self._found = surface(self._z)
-        influence = Surface(z, np.eye(len(z)))(
-            self._z
-        )  # of each point on the interpolant: for integrals of what is kept there
-        # where it extrapolates, the ratio is not trusted to be much above what was seen
-        log_weight = np.minimum(self._found[:, 0], log_ratio[good].max() + 1.0)
-        self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
-        smoothed, self.pareto_k = pareto_smooth(log_weight)
-        self._weight, self.effective_draws = np.exp(smoothed), effective(smoothed)
         self._distance, nearest = KDTree(z).query(self._z)
+        self.error = np.inf
+        # a log density is often all but quadratic, and where it is not a quadratic is worse than none: the points decide
+        for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
+            found = surface(self._z)
+            # where it extrapolates, the ratio is not trusted to be much above what was seen
+            log_weight = np.minimum(found[:, 0], log_ratio[good].max() + 1.0)
+            smoothed, k = pareto_smooth(log_weight)
+            mass = np.bincount(nearest, np.exp(smoothed), minlength=len(z))
+            error = surface.error(mass)
+            if error < self.error:
+                self.error, self.pareto_k, self._found, self._weight = error, k, found, np.exp(smoothed)
+                self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
+                self.effective_draws = effective(smoothed)
+                degree = surface.degree
         self.mass = np.zeros(len(good))  # posterior mass nearest to each evaluated point
-        self.mass[good] = np.bincount(nearest, self._weight, minlength=int(good.sum()))
+        self.mass[good] = np.bincount(nearest, self._weight, minlength=len(z))
+        influence = Surface(z, np.eye(len(z)), degree)(
+            self._z
+        )  # of each point on the interpolant, for integrals of what is kept
         self.quadrature = np.zeros(len(good))
         self.quadrature[good] = self._weight @ influence
-        self.error = surface.error(self.mass[good])
         return True
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:

@@ -101,9 +101,17 @@ def systematic(weight: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 class Surface:
     """Smooth interpolation through scattered points z (s, d) of functions (s, k) that are known there."""
 
-    def __init__(self, z: np.ndarray, values: np.ndarray) -> None:
-        self._z, self._values = z, values
-        self._interpolate = RBFInterpolator(z, values, kernel="cubic", degree=1)
+    def __init__(self, z: np.ndarray, values: np.ndarray, degree: int) -> None:
+        self._z, self._values, self.degree = z, values, degree
+        self._interpolate = self._through(z, values)
+
+    def _through(self, z: np.ndarray, values: np.ndarray) -> RBFInterpolator:
+        return RBFInterpolator(z, values, kernel="cubic", degree=self.degree)
+
+    @staticmethod
+    def degrees(points: int, d: int) -> tuple[int, ...]:
+        """Degrees of the polynomial below that may be tried: a quadratic through hardly more points than its terms is noise."""
+        return (1, 2) if points >= (d + 1) * (d + 2) else (1,)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         return self._interpolate(z)
@@ -114,6 +122,6 @@ class Surface:
         square = np.zeros(len(index))
         for fold in range(folds):
             out = index % folds == fold
-            fit = RBFInterpolator(self._z[~out], self._values[~out, :1], kernel="cubic", degree=1)
+            fit = self._through(self._z[~out], self._values[~out, :1])
             square[out] = (fit(self._z[out])[:, 0] - self._values[out, 0]) ** 2
         return float(np.sqrt((weight * square).sum() / weight.sum()))

@@ -49,8 +49,8 @@ def test_a_batch_beside_a_kernel_that_is_held(kernel):
 def test_a_response_and_a_covariate_far_from_zero(level):
     """Years from 2000, weights in grams: the partition is that of the centered data."""
     rng = np.random.default_rng(0)
-    adata = cf.datasets.simulate(60, family="gaussian", rng=3)
-    adata.obs["time"] = rng.standard_normal(60)
+    adata = cf.datasets.simulate(100, family="gaussian", rng=5)
+    adata.obs["time"] = rng.standard_normal(100)
     adata.obs["year"], adata.obs["weight"] = adata.obs["time"] + level, adata.obs["fate"] + level
     cf.tl.decompose(adata, "fate", family="gaussian", formula="~ 1 + time", rng=0, key_added="near")
     cf.tl.decompose(adata, "weight", family="gaussian", formula="~ 1 + year", rng=0, key_added="far")

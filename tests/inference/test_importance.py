@@ -186,7 +186,7 @@ def smooth_function(z: np.ndarray) -> np.ndarray:
 def test_interpolation_goes_through_the_points_and_between_them():
     rng = np.random.default_rng(0)
     z, fresh = rng.normal(size=(150, 2)), 0.7 * rng.normal(size=(400, 2))
-    surface = Surface(z, smooth_function(z))
+    surface = Surface(z, smooth_function(z), 1)
     np.testing.assert_allclose(surface(z), smooth_function(z), atol=1e-8)
     error = surface(fresh) - smooth_function(fresh)
     assert np.abs(error[:, 0]).max() < 0.05
@@ -200,7 +200,7 @@ def test_the_error_at_points_left_out_is_that_at_fresh_points(count):
     for seed in range(12):
         rng = np.random.default_rng(seed)
         z, other = rng.normal(size=(count, 2)), rng.normal(size=(400, 2))
-        surface = Surface(z, smooth_function(z))
+        surface = Surface(z, smooth_function(z), 1)
         weight, mass = (np.exp(-0.5 * (x**2).sum(1)) for x in (z, other))  # the middle counts most
         left_out.append(surface.error(weight) ** 2)
         error = surface(other)[:, 0] - smooth_function(other)[:, 0]
@@ -214,7 +214,7 @@ def test_the_error_counts_where_the_weight_is():
     z = rng.normal(size=(120, 2))
     values = smooth_function(z)
     values[:, 0] += np.where(z[:, 0] > 1, rng.normal(size=120), 0)  # noise on one side
-    surface = Surface(z, values)
+    surface = Surface(z, values, 1)
     left, right = (z[:, 0] < 0).astype(float), (z[:, 0] > 1).astype(float)
     assert surface.error(right) > 10 * surface.error(left)
     np.testing.assert_allclose(surface.error(3 * right), surface.error(right), rtol=1e-12)
