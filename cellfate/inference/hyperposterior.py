@@ -195,7 +195,7 @@ class _Cloud:
         values = np.column_stack([log_ratio[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
         z = self._whiten(points.u[good])
         self._distance, nearest = KDTree(z).query(self._z)
-        self.error = np.inf
+        self.error, best = np.inf, None
         # a log density is often all but quadratic, and where it is not a quadratic is worse than none: the points decide
         for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
             found = surface(self._z)
@@ -208,10 +208,12 @@ class _Cloud:
                 self.error, self.pareto_k, self._found, self._weight = error, k, found, np.exp(smoothed)
                 self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
                 self.effective_draws = effective(smoothed)
-                degree = surface.degree
+                best = surface.degree
+        if best is None:  # no error is a number
+            return False
         self.mass = np.zeros(len(good))  # posterior mass nearest to each evaluated point
         self.mass[good] = np.bincount(nearest, self._weight, minlength=len(z))
-        influence = Surface(z, np.eye(len(z)), degree)(
+        influence = Surface(z, np.eye(len(z)), best)(
             self._z
         )  # of each point on the interpolant, for integrals of what is kept
         self.quadrature = np.zeros(len(good))
