@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 import cellfate as cf
 
 RESULTS = Path(__file__).parent / "results"
+THREADS = ("OMP", "MKL", "OPENBLAS", "NUMBA", "VECLIB_MAXIMUM", "NUMEXPR")  # before _NUM_THREADS
 
 
 def processor() -> str:
@@ -29,8 +33,10 @@ def processor() -> str:
 
 def machine() -> dict[str, str]:
     """Hardware and versions."""
+    accelerator = {"accelerator": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": processor(),
+        **accelerator,
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "torch": version("torch").split("+")[0],
@@ -53,11 +59,32 @@ def write(name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULT
     return path
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """The environment for a new process in which everything that counts its threads starts with as many."""
+    return {**os.environ, **{f"{library}_NUM_THREADS": str(threads) for library in THREADS}}
+
+
 def set_threads(threads: int) -> int:
     """Threads of torch in this process, and of what it starts."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads
+
+
+def peak_mib() -> float:
+    """Largest memory that this process has held, since the last :func:`forget_peak` where that works (Linux)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak() -> None:
+    """Count the peak from here; where the system does not let us, it stays the peak of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def warm_up() -> None:

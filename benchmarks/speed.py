@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 import warnings
 
 import numpy as np
-from machine import machine, set_threads, table, warm_up, write
+from machine import machine, peak_mib, set_threads, table, warm_up, write
 
 import cellfate as cf
 
 VARIANCE_LINEAGE, VARIANCE_SPATIAL, LENGTHSCALE = 1.0, 1.5, 0.6
-
-
-def peak_mib() -> float:
-    """Largest memory that this process has held so far (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def fit(options: argparse.Namespace) -> dict[str, object]:
