@@ -1,7 +1,8 @@
-"""Kernels by name: ancestry, neighborhood, groups, and covariances that are given."""
+"""Kernels by name: ancestry, neighborhood, niche, groups, and covariances that are given."""
 
 from cellfate.kernels.base import Component, Given, Kernel
-from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.graph import Composition, Graph
+from cellfate.kernels.groups import Intercepts, Slopes
 from cellfate.kernels.lineage import Brownian, Clone, EarlyBurst, OrnsteinUhlenbeck, Pagel
 from cellfate.kernels.spatial import Matern12, Matern32, Matern52, Rbf
 
@@ -9,8 +10,10 @@ __all__ = [
     "Brownian",
     "Clone",
     "Component",
+    "Composition",
     "EarlyBurst",
     "Given",
+    "Graph",
     "Intercepts",
     "Kernel",
     "Matern12",
@@ -19,4 +22,5 @@ __all__ = [
     "OrnsteinUhlenbeck",
     "Pagel",
     "Rbf",
+    "Slopes",
 ]

@@ -1,9 +1,10 @@
-"""Random intercepts: cells of a level share one value, and the variance is that of the values."""
+"""Intercepts and slopes: cells of a level share one value, or one answer to a covariate, whose variance it is."""
 
 import numpy as np
 import pytest
 
-from cellfate.kernels.groups import Intercepts
+from cellfate.errors import DataError
+from cellfate.kernels.groups import Intercepts, Slopes
 from tests.problem import double, entries
 
 GROUPS = {
@@ -31,6 +32,45 @@ def test_the_variance_is_not_scaled_but_what_it_contributes_is_known(codes):
     k = np.equal.outer(codes, codes).astype(float)
     p = np.eye(n) - 1 / n
     np.testing.assert_allclose(kernel.expected_variance, np.trace(p @ k @ p) / max(n - 1, 1), atol=1e-15)
+
+
+@pytest.fixture
+def slopes(codes):
+    return Slopes(codes, np.random.default_rng(0).normal(1.0, 3.0, size=len(codes)))
+
+
+def test_cells_of_a_level_share_one_slope(codes, slopes):
+    """The covariance of b_level x, pair by pair."""
+    wanted = [
+        [x * y * (i == j) for y, j in zip(slopes.covariate, codes, strict=True)]
+        for x, i in zip(slopes.covariate, codes, strict=True)
+    ]
+    np.testing.assert_allclose(entries(slopes), wanted, rtol=1e-15)
+
+
+def test_the_variance_is_that_of_the_slopes(codes, slopes):
+    n = len(codes)
+    assert not slopes.normalized
+    p = np.eye(n) - 1 / n
+    c = np.trace(p @ entries(slopes).numpy() @ p) / max(n - 1, 1)
+    np.testing.assert_allclose(slopes.expected_variance, c, rtol=1e-13, atol=1e-13)
+
+
+def test_a_covariate_in_other_units_has_slopes_in_other_units():
+    """Prior and search go by `unit`, so that minutes and days give the same fit."""
+    codes, hours = np.array([0, 1, 0, 1, 2]), np.array([-3.0, 1.0, 4.0, 2.0, -1.0])
+    in_hours, in_minutes = Slopes(codes, hours), Slopes(codes, 60 * hours)
+    assert in_hours.unit == pytest.approx(60 * in_minutes.unit)
+    np.testing.assert_allclose(in_hours.unit**2 * entries(in_hours), in_minutes.unit**2 * entries(in_minutes))
+    some = in_hours.at(np.array([4, 0, 2]))
+    assert some.unit == in_hours.unit  # of all cells, as the other units of a model
+    np.testing.assert_array_equal(entries(some), entries(in_hours)[np.ix_([4, 0, 2], [4, 0, 2])])
+
+
+@pytest.mark.parametrize("covariate", [np.zeros(2), np.array([1.0, np.nan, 2.0])])
+def test_a_covariate_is_known_for_every_cell(covariate):
+    with pytest.raises(DataError, match="wanted one finite number per cell"):
+        Slopes(np.array([0, 1, 0]), covariate)
 
 
 def test_levels_do_not_hold_cells_apart():

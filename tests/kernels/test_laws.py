@@ -8,7 +8,8 @@ import torch
 
 from cellfate.errors import DataError
 from cellfate.kernels.base import Component, Given, Kernel, Term, unit_scale
-from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.graph import Composition, Graph
+from cellfate.kernels.groups import Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
 from cellfate.kernels.spatial import SPATIAL_KERNELS
 from cellfate.trees.convert import to_forest
@@ -36,6 +37,13 @@ def _kernels() -> dict[str, Kernel]:
         out[f"{name} in 2-D"] = field(rng.normal(size=(N, 2)))
         out[f"{name} in 3-D, by specimen"] = field(rng.normal(size=(N, 3)), specimen[order])
     out["intercepts"] = Intercepts(order % 5)
+    out["slopes"] = Slopes(order % 5, rng.normal(size=N))
+    edges = np.triu(rng.random((N, N)) < 0.4, 1) * rng.exponential(size=(N, N))
+    out["graph"] = Graph(edges + edges.T + np.eye(N, k=1))
+    apart = np.equal.outer(specimen[order], specimen[order])
+    out["graph of a few modes, by specimen"] = Graph(edges * apart, rank=9)  # one specimen is a cell without neighbors
+    out["graph seen in some cells"] = Graph(np.eye(40, k=1), lengthscale=None).at(rng.permutation(40)[:N])
+    out["composition"] = Composition(rng.dirichlet(np.ones(4), size=N))
     root = rng.normal(size=(N, 4)) * (specimen[order] != 1)[:, None]  # four cells' worth of nothing in common
     out["given"] = Given(double(root @ root.T * np.equal.outer(specimen, specimen)[np.ix_(order, order)]))
     return out
