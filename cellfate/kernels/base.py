@@ -56,6 +56,7 @@ class Kernel(ABC):
 
     normalized = True  # divided by c(K), so that the variance is "among these cells"
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    unit: float = 1.0  # a standard deviation that makes cells differ by about 1: its prior and the search go by it
     n: int
 
     @abstractmethod

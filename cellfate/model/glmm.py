@@ -119,7 +119,8 @@ class Model:
         out = []
         for component in self.components:
             name = f"sd_{component.name}"
-            out += self._parameter(name, "sd", HalfNormal(2.0 * unit), 0.7 * unit, 0.0, 50 * unit)
+            own = unit * component.kernel.unit
+            out += self._parameter(name, "sd", HalfNormal(2.0 * own), 0.7 * own, 0.0, 50 * own)
         if self.family.parameter == "variance_residual":
             out += self._parameter("sd_residual", "log", HalfNormal(2.0 * unit), 0.5 * unit, 1e-3 * unit, 10 * unit)
         elif self.family.parameter is not None:
