@@ -120,3 +120,10 @@ def generator(rng: SeedLike | None = None) -> np.random.Generator:
     if isinstance(rng, int | np.integer) and rng < 0:
         raise ValueError(f"rng is {rng}: a seed must be 0 or more.")
     return np.random.default_rng(rng)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that a device, or the machine, has no memory left."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cellfate.engines.dense import DenseEngine
 from cellfate.kernels.base import Basis, Component, Kernel
 from cellfate.kernels.groups import Intercepts
-from cellfate.kernels.lineage import Brownian, OrnsteinUhlenbeck
+from cellfate.kernels.lineage import LINEAGE_KERNELS, Brownian
 from cellfate.kernels.spatial import Matern32
 from cellfate.model.families import Outcome, get_family
 from cellfate.model.glmm import Data, Model
@@ -120,7 +120,7 @@ def small_problem(
     coordinates = rng.normal(size=(n, 2))
     clutch = np.unique(2 * specimen + rng.integers(2, size=n), return_inverse=True)[1]
     kernels: dict[str, Kernel] = {
-        "lineage": {"ou": OrnsteinUhlenbeck, "brownian": Brownian}[lineage](forest, leaf),
+        "lineage": LINEAGE_KERNELS[lineage](forest, leaf),
         "spatial": Matern32(coordinates, specimen, lengthscale),
         "clutch": Intercepts(clutch),
         "batch": Intercepts(rng.permutation(np.arange(n) % 3)),

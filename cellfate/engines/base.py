@@ -8,7 +8,7 @@ responses).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,3 +114,19 @@ class Engine(ABC):
     @abstractmethod
     def points_at_once(self, memory: float) -> int:
         """How many hyperparameter points fit into `memory` bytes."""
+
+    def fields(self) -> tuple[str, ...]:
+        """Components that are approximated over a range of length-scales, which :meth:`focus` can narrow."""
+        return ()
+
+    def focus(self, ranges: Mapping[str, tuple[float, float]]) -> Engine:
+        """The same engine, its approximations made for these ranges (component -> lower, upper) of the length-scales."""
+        return self
+
+    def pilot(self, components: Sequence[Component], cells: np.ndarray) -> Engine:
+        """A cheap engine for a first fit of some of the cells."""
+        return self.at(components, cells)
+
+    def report(self) -> dict[str, object]:
+        """What was approximated and how well, for the results."""
+        return {}

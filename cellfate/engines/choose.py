@@ -9,11 +9,15 @@ import torch
 
 from cellfate.engines.base import Engine
 from cellfate.engines.dense import DenseEngine
-from cellfate.errors import DataError
+from cellfate.engines.structured import StructuredEngine, refusal
+from cellfate.errors import DataError, unknown
 from cellfate.kernels.base import Component
 
-NOT_YET = ("structured", "iterative")
+ENGINES = ("auto", "dense", "structured")
+NOT_YET = ("iterative",)
 SHARE_OF_MEMORY = 0.7  # of what is free, for the matrices of one hyperparameter point
+DENSE_ENOUGH = 3000  # cells of a block up to which exact matrices take about as long as sweeps and columns
+WITHOUT_FIELDS = 500  # the same where sweeps are exact, there being no field to approximate
 
 
 def free_memory(device: torch.device) -> float:
@@ -27,23 +31,48 @@ def free_memory(device: torch.device) -> float:
 
 
 def choose(
-    name: str, components: Sequence[Component], n: int, *, device: torch.device, dtype: torch.dtype
+    name: str,
+    components: Sequence[Component],
+    n: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rank: int | None = None,
 ) -> tuple[Engine, str]:
     """The engine called `name`, or the one that suits for ``"auto"``, with the reason in words."""
     if name in NOT_YET:
         raise NotImplementedError(
-            f"engine {name!r} is not there yet; use engine='dense', exact up to some thousands of cells in a specimen."
+            f"engine {name!r} is not there yet; use engine='structured', whose cost is linear in the cells."
         )
-    if name not in ("auto", "dense"):
-        raise DataError(f"unknown engine {name!r}; choose 'auto' or 'dense'.")
-    engine = DenseEngine(components, n, device=device, dtype=dtype)
-    needed, free = engine.bytes_per_point(), SHARE_OF_MEMORY * free_memory(device)
-    largest, count = engine.blocks.largest, engine.blocks.count
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES)
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise DataError(f"rank is {rank!r}, wanted the number of columns for a spatial field, such as 256, or None.")
+    free = SHARE_OF_MEMORY * free_memory(device)
+    refused = refusal(components)
+    if name == "structured" and refused:
+        raise DataError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")
+    dense = DenseEngine(components, n, device=device, dtype=dtype)
+    largest, count = dense.blocks.largest, dense.blocks.count
+    blocks = "one block" if count == 1 else f"{count} independent blocks, the largest"
+    needed = dense.bytes_per_point()
+    if name == "auto" and refused is None:
+        sweeps = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
+        enough = DENSE_ENOUGH if sweeps.approximates else WITHOUT_FIELDS
+        name = "dense" if largest <= enough and needed <= free and rank is None else "structured"
+    if name == "structured":
+        structured = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
+        if structured.bytes_per_point() > free:
+            raise DataError(
+                f"{n} cells with {structured.width()} columns need {structured.bytes_per_point() / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are at hand on {device}. Give a smaller `rank`, fewer cells, or a larger machine."
+            )
+        return structured, f"structured: {n} cells in {blocks} of {largest}, more than exact matrices are good for"
     if needed > free:
+        why = f"; engine='structured' cannot take this model: {refused}" if refused else "; use engine='structured'"
         raise DataError(
             f"{n} cells in {count} independent blocks, the largest of {largest}, need {needed / 2**30:.1f} GiB of "
             f"dense matrices, and {free / 2**30:.1f} GiB are at hand on {device}. Give library_key if the cells come from "
-            "several specimens, take fewer cells, or use a larger machine; an engine of linear cost is not there yet."
+            f"several specimens, take fewer cells, or use a larger machine{why}."
         )
-    blocks = "one block" if count == 1 else f"{count} independent blocks, the largest"
-    return engine, f"dense: {blocks} of {largest} cells, {needed / 2**20:.0f} MiB for one hyperparameter point"
+    return dense, f"dense: {blocks} of {largest} cells, {needed / 2**20:.0f} MiB for one hyperparameter point"

@@ -1,11 +1,8 @@
 """The exact engine: a Cholesky factor per block of cells that can depend on each other.
 
 Prior covariance K = A + Z S Z': A is block-diagonal, Z holds the columns that every block shares (fixed effects, grouping
-factors that cross blocks). With W^2 the site precisions and B = I + W A W per block, the matrix inversion lemma gives
-
-    Sigma = A - A W B^-1 W A + E E',    R = W B^-1 W - V V',
-
-with E and V tall matrices of as many columns as Z. Blocks cost O(s^3), the shared columns O(n m).
+factors that cross blocks), see :mod:`cellfate.engines.lowrank`. B = I + W A W is factored per block, W^2 the site precisions.
+Blocks cost O(s^3), the shared columns O(n m).
 """
 
 from __future__ import annotations
@@ -18,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate.engines.base import Engine, Posterior, Sites
+from cellfate.engines.base import Engine, Sites
 from cellfate.engines.blocks import Blocks, connect
+from cellfate.engines.lowrank import LowRankPosterior
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
 
-UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
 WEAK = 1e-4  # below this share of information from its own site, a cell's variance is computed without a difference
 JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it
 
@@ -182,66 +179,30 @@ class DenseEngine(Engine):
         return out
 
 
-class DensePosterior(Posterior):
-    """Everything asked of it comes from one inverse Cholesky factor per block and two tall matrices."""
+class DensePosterior(LowRankPosterior):
+    """Blocks by one inverse Cholesky factor each; the columns that they share by :class:`LowRankPosterior`."""
 
     def __init__(self, engine: DenseEngine, prior: DensePrior, sites: Sites) -> None:
-        self.engine, self.prior, self.sites = engine, prior, sites
-        blocks = engine.blocks
-        self._root = [w.sqrt() for w in blocks.gather(sites.precision[..., None])]  # W, (..., blocks, s, 1)
+        self.engine, self.prior = engine, prior
+        self._weight = [w.sqrt() for w in engine.blocks.gather(sites.precision[..., None])]  # W, (..., blocks, s, 1)
         self._lower: list[Tensor] = []  # inverse Cholesky factors, B^-1 = lower' lower
-        log_det: Tensor = sites.precision.new_zeros(())
-        for k, w in zip(prior.blocks, self._root, strict=True):
+        self._log_det: Tensor = sites.precision.new_zeros(())
+        for k, w in zip(prior.blocks, self._weight, strict=True):
             b = w * k * w.mT
             b.diagonal(dim1=-2, dim2=-1).add_(1.0)
             lower, info = torch.linalg.cholesky_ex(b)
             if bool(info.any()):  # B is at least I: only an overflow gets here, and it must not pass for a number
                 lower = torch.where((info != 0)[..., None, None], torch.full_like(lower, torch.nan), lower)
-            log_det = log_det + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+            self._log_det = self._log_det + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             self._lower.append(invert_lower(lower))
+        self._join(prior.columns, torch.diag_embed(prior.spectrum.sqrt()), sites)
 
-        z, root = prior.columns, prior.spectrum.sqrt()
-        zs = z * root[..., None, :]  # (..., n, m)
-        u = self._block_residual(zs)
-        capacity = zs.mT @ u
-        capacity = capacity + torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        factor, info = torch.linalg.cholesky_ex(capacity)
-        factor = torch.where((info != 0)[..., None, None], torch.full_like(factor, torch.nan), factor)
-        self._capacity = factor
-        self.log_det = log_det + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-        def by_factor(x: Tensor) -> Tensor:
-            return torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
-
-        self._v = by_factor(u)
-        self._whitened = by_factor(self._blockwise(lambda w, low, _k, x: low.mT @ (low @ (w * x)), zs))  # W^-1 V
-        tau = sites.precision[..., None]
-        information = tau * blocks.scatter([k.diagonal(dim1=-2, dim2=-1)[..., None] for k in prior.blocks])
-        self._seen = (tau > 0) & (information >= UNSEEN * information.amax(-2, keepdim=True))
-        self._apart = torch.where(self._seen, tau, torch.ones_like(tau)).sqrt()
-        self._e = torch.where(self._seen, self._whitened / self._apart, by_factor(zs - self._block_prior(u)))
-
-        shift = sites.shift[..., None]
-        self.mean = self.smooth(shift)[..., 0]
-        self._pull = zs.mT @ self._block_resolve(shift)
-        # K^-1 mean = (I + T K)^-1 shift; neither is taken from the other, a wide prior or a small noise would cost digits
-        scaled = torch.where(self._seen, shift / self._apart, 0.0)
-        unseen = torch.where(self._seen, 0.0, shift)
-        weights = self._block_resolve(shift) - self._v @ (self._whitened.mT @ scaled)
-        if bool(unseen.any()):
-            weights = (
-                weights - self.residual(self.prior_times(unseen)) + self._block_residual(self._block_prior(unseen))
-            )
-        self.weights = weights[..., 0]
-        self._block_variance = self._diagonal()
-        self.variance = self._block_variance + self._e.square().sum(-1)
-
-    # -- products ------------------------------------------------------------------------------------------------------
+    # -- blocks --------------------------------------------------------------------------------------------------------
 
     def _blockwise(self, do, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         parts = self.engine.blocks.gather(x)
-        pieces = zip(self._root, self._lower, self.prior.blocks, parts, strict=True)
-        return self.engine.blocks.scatter([do(w, lower, k, part) for w, lower, k, part in pieces])
+        pieces = zip(self._lower, self.prior.blocks, parts, strict=True)
+        return self.engine.blocks.scatter([do(lower, k, part) for lower, k, part in pieces])
 
     @cached_property
     def _inverse(self) -> list[Tensor]:
@@ -252,38 +213,31 @@ class DensePosterior(Posterior):
     def _squares(self) -> list[Tensor]:
         return [inverse.square() for inverse in self._inverse]
 
-    def _block_prior(self, x: Tensor) -> Tensor:
-        return self._blockwise(lambda _w, _low, k, part: k @ part, x)
+    @cached_property
+    def _v(self) -> Tensor:
+        """R = R_A - V V'."""
+        return self._tau * (self._y @ self._p)
 
-    def _block_residual(self, x: Tensor) -> Tensor:
-        return self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ (w * part))), x)
+    def _part_log_det(self) -> Tensor:
+        return self._log_det
 
-    def _block_resolve(self, x: Tensor) -> Tensor:
-        """(I + T A)^-1 x = W B^-1 W^-1 x, and x - W B^-1 W A x for cells without a site, where W^-1 is not."""
-        scaled = torch.where(self._seen, x / self._apart, 0.0)
-        out = self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ part)), scaled)
-        unseen = torch.where(self._seen, 0.0, x)
-        if bool(unseen.any()):
-            out = out + unseen - self._block_residual(self._block_prior(unseen))
-        return out
+    def _part_whiten(self, x: Tensor) -> Tensor:
+        return self._blockwise(lambda low, _k, part: low @ part, x)
 
-    def _block_smooth(self, x: Tensor) -> Tensor:
-        return self._block_prior(self._block_resolve(x))
+    def _part_whiten_t(self, x: Tensor) -> Tensor:
+        return self._blockwise(lambda low, _k, part: low.mT @ part, x)
 
-    def prior_times(self, x: Tensor) -> Tensor:
-        z = self.prior.columns
-        return self._block_prior(x) + z @ (self.prior.spectrum[..., None] * (z.mT @ x))
+    def _part_prior(self, x: Tensor) -> Tensor:
+        return self._blockwise(lambda _low, k, part: k @ part, x)
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self._block_residual(x) - self._v @ (self._v.mT @ x)
+    def _part_variance(self) -> Tensor:
+        return self._diagonal
 
-    def smooth(self, x: Tensor) -> Tensor:
-        return self._block_smooth(x) + self._e @ (self._e.mT @ x)
-
+    @cached_property
     def _diagonal(self) -> Tensor:
         """Variance within blocks, from (1 - B^-1_ii) / tau_i = Sigma_ii, or directly where that difference is small."""
         out = []
-        for k, w, lower in zip(self.prior.blocks, self._root, self._lower, strict=True):
+        for k, w, lower in zip(self.prior.blocks, self._weight, self._lower, strict=True):
             tau, prior = w.squeeze(-1).square(), k.diagonal(dim1=-2, dim2=-1)
             information = tau * prior
             weak = information < WEAK
@@ -297,25 +251,17 @@ class DensePosterior(Posterior):
             out.append(variance[..., None])
         return self.engine.blocks.scatter(out)[..., 0]
 
-    def smooth_squared(self, x: Tensor) -> Tensor:
-        v = self.engine.blocks.gather(self._block_variance[..., None])
+    def _part_squared(self, x: Tensor) -> Tensor:
+        v = self.engine.blocks.gather(self._diagonal[..., None])
         parts, out = self.engine.blocks.gather(x), []
-        for w, square, variance, part in zip(self._root, self._squares, v, parts, strict=True):
+        for w, square, variance, part in zip(self._weight, self._squares, v, parts, strict=True):
             tau = w.square()
             # off the diagonal Sigma_ij = -B^-1_ij / (w_i w_j); a cell without a site takes no part but its own variance
             scale = torch.where(tau > 1e-12, 1 / tau.clamp(min=1e-12), torch.zeros_like(tau))
             scaled = scale * part
             off = square @ scaled - square.diagonal(dim1=-2, dim2=-1)[..., None] * scaled
             out.append(scale * off + variance.square() * part)
-        result = self.engine.blocks.scatter(out)
-        if self._e.shape[-1]:
-            columns = []
-            for x_k in x.unbind(-1):
-                spread = self._e * x_k[..., None]
-                cross = 2 * (self._e * self._block_smooth(spread)).sum(-1)
-                columns.append(cross + ((self._e @ (self._e.mT @ spread)) * self._e).sum(-1))
-            result = result + torch.stack(columns, -1)
-        return result
+        return self.engine.blocks.scatter(out)
 
     # -- derivatives ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +274,7 @@ class DensePosterior(Posterior):
         inner = None if omega is None else (self._v * omega[..., None]).mT @ self._v
 
         def cotangent(i: int) -> Tensor:
-            w, v = self._root[i], vs[i]
+            w, v = self._weight[i], vs[i]
             r = w * self._inverse[i] * w.mT
             # low-rank parts as one product: each term of rank k would pass over the whole matrix
             left, right = [bs[i], v], [0.5 * bs[i], 0.5 * v]
@@ -389,7 +335,7 @@ class DensePosterior(Posterior):
             return ((phi @ covariance) * phi).sum(-1)
         out = []
         vs = self.engine.blocks.gather(self._v)
-        for unit, w, lower, v in zip(self._unit(term), self._root, self._lower, vs, strict=True):
+        for unit, w, lower, v in zip(self._unit(term), self._weight, self._lower, vs, strict=True):
             k = term.variance[..., None, None, None] * unit
             within = k.diagonal(dim1=-2, dim2=-1) - ((k * w.mT) @ lower.mT).square().sum(-1)
             out.append((within + (k @ v).square().sum(-1))[..., None])
@@ -401,10 +347,7 @@ class DensePosterior(Posterior):
         spectrum = (term.variance[..., None] * term.structure.spectrum).expand(*self.mean.shape[:-1], -1)
         if not self.engine._inside(term):
             # by the capacity matrix: the difference below has no digits left where a prior is wide
-            own, root = self.prior.slots[term.name], spectrum.sqrt()
-            inverse = torch.cholesky_inverse(self._capacity)
-            mean = root * (inverse[..., own, :] @ self._pull)[..., 0]
-            return mean, root[..., :, None] * inverse[..., own, own] * root[..., None, :]
+            return self._coefficients_at(self.prior.slots[term.name])
         mean = spectrum * (phi.mT @ self.weights[..., None])[..., 0]
         inner = phi.mT @ self.residual(phi.expand(*self.mean.shape[:-1], *phi.shape))
         covariance = torch.diag_embed(spectrum) - spectrum[..., :, None] * inner * spectrum[..., None, :]
@@ -433,8 +376,5 @@ class DensePosterior(Posterior):
                 drawn[term.name] = term.structure.phi @ (spectrum.sqrt()[..., None] * z)
         u = sum(drawn.values(), start=self.mean.new_zeros(()))
         xi = normal(self.engine.n)
-        noise = self._blockwise(lambda w, low, _k, part: w * (low.mT @ (low @ part)), xi) - self._v @ (
-            self._whitened.mT @ xi
-        )
-        correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - noise
+        correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - self._noise(xi)
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from cellfate._runtime import SeedLike, generator, logger, resolve_device, resolve_dtype
+from cellfate._runtime import SeedLike, generator, logger, out_of_memory, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
-from cellfate.engines.choose import NOT_YET, choose
+from cellfate.engines.choose import ENGINES, NOT_YET, choose
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference.arrays import checked_priors, named_components, numbers, term_names
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
-from cellfate.inference.mode import Mode, find_mode
+from cellfate.inference.locate import locate
+from cellfate.inference.mode import Mode
 from cellfate.inference.sites import RULES, Rule
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Kernel
@@ -37,7 +38,6 @@ from cellfate.model.partition import LATENT, partition, rows, summary
 MUST_SETTLE = 0.95  # of the points' site updates, or a warning
 FEW_DRAWS = 200
 DOUBTFUL_ERROR = 0.5  # of the interpolated log posterior, in nats
-ENGINES = ("auto", "dense")
 EXACT = 1e-8  # of site updates at given hyperparameters
 
 
@@ -102,8 +102,9 @@ class GLMM:
         Integrate the fixed effects out; otherwise they are maximized with the hyperparameters.
     method
         ``"variational"``, ``"laplace"`` or ``"ep"``.
-    engine
-        ``"auto"`` or ``"dense"``.
+    engine, rank
+        ``"auto"``, ``"dense"`` (exact) or ``"structured"`` (linear in the cells: exact along the tree, a spatial field by `rank`
+        columns, as many as it needs by default).
     device, dtype
         Where and in what to compute: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``; ``"float64"`` or ``"float32"``.
         Tensors are taken from any device.
@@ -135,6 +136,7 @@ class GLMM:
         reml: bool = True,
         method: str = "variational",
         engine: str = "auto",
+        rank: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float64",
     ) -> None:
@@ -145,7 +147,7 @@ class GLMM:
         self.rule = _rule(method)
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
-        self.engine_name = engine
+        self.engine_name, self.rank = engine, rank
         self._problem: tuple[Model, Engine, str] | None = None
 
     def fit(
@@ -169,12 +171,22 @@ class GLMM:
         began = time.perf_counter()
         model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response)
         logger.info("%s", why)
-        mode = find_mode(model, engine, self.rule)
-        posterior = integrate(model, engine, self.rule, mode, generator(rng))
+        try:
+            model, engine, mode = locate(model, engine, self.rule)
+            posterior = integrate(model, engine, self.rule, mode, generator(rng))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"{model.data.n} cells do not fit into the memory of {self.device} ({why}). Use engine='structured' with a smaller "
+                "`rank`, dtype='float32', fewer cells, or a larger machine; nothing was written."
+            ) from error
+        self._problem = model, engine, why
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
         components, shares = rows(model, response, scales)
         diagnostics = _diagnose(model, mode, posterior, scales[LATENT])
-        diagnostics |= {"engine": engine.name, "engine_reason": why, "seconds": time.perf_counter() - began}
+        diagnostics |= {"engine": engine.name, "engine_reason": why, **engine.report()}
+        diagnostics["seconds"] = time.perf_counter() - began
         return GLMMFit(
             components=components,
             shares=shares,
@@ -246,7 +258,7 @@ class GLMM:
         outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total))
         data = Data(outcome, self._tensor(design), names, self._tensor(known))
         model = Model(self.family, self.components, data, self.priors, self.reml)
-        engine, why = choose(self.engine_name, self.components, n, device=self.device, dtype=self.dtype)
+        engine, why = choose(self.engine_name, self.components, n, device=self.device, dtype=self.dtype, rank=self.rank)
         return model, engine, why
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:

@@ -64,7 +64,7 @@ def evaluate_with_gradient(
     u = u.detach().requires_grad_(True)
     with torch.enable_grad():
         theta = model.theta(u)
-        part, pair, omega = rule.parameter_part(likelihood_at(model, theta), here.posterior)
+        part, pair, omega = rule.parameter_part(likelihood_at(model, theta), here.posterior, max(tolerance, 1e-7))
         total = part.sum() + here.posterior.surrogate(model.terms(theta), pair, omega).sum()
         (gradient,) = torch.autograd.grad(total, u, allow_unused=True)
     if gradient is None:

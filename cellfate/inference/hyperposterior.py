@@ -16,11 +16,11 @@ from scipy.spatial import KDTree
 from scipy.special import logsumexp
 from torch import Tensor
 
-from cellfate._runtime import progress
+from cellfate._runtime import logger, out_of_memory, progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
 from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
-from cellfate.inference.mode import MEMORY, Mode
+from cellfate.inference.mode import LARGE, MEMORY, Mode
 from cellfate.inference.sites import Laplace, Likelihood, Rule
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
@@ -110,7 +110,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         count = most = min(2 * most, 256)
         fill = int(FILL * count)
     else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
-        count, fill = 16 + 6 * d, 4 + 2 * d
+        count, fill = (12 + 4 * d, 2 + 2 * d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
     most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
@@ -275,16 +275,30 @@ def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarra
     """Free energy and summaries at points u (points, d), as many at once as memory allows."""
     at = torch.as_tensor(u, dtype=mode.u.dtype, device=mode.u.device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in rng.integers(2**62, size=len(u))]
-    parts, size = [], engine.points_at_once(MEMORY)
-    for first in progress(range(0, len(u), size), desc="hyperposterior", unit="batch"):
-        part = at[first : first + size]
-        theta = model.theta(part)
-        likelihood = likelihood_at(model, theta)
-        start = predicted_sites(mode, likelihood, part, rule)
-        here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSE)
-        value = here.free_energy + model.log_prior(part)
-        parts.append(_keep(model, part, here, value, generators[first : first + size]))
+    parts, size, done = [], engine.points_at_once(MEMORY), 0
+    with progress(total=len(u), desc="hyperposterior", unit="point") as bar:
+        while done < len(u):
+            chunk = slice(done, done + size)
+            try:
+                parts.append(_evaluate_chunk(model, engine, rule, mode, at[chunk], generators[chunk]))
+            except RuntimeError as error:
+                if size == 1 or not out_of_memory(error):
+                    raise
+                size = max(1, size // 2)  # points do not depend on their company
+                logger.info("out of memory: %d hyperparameter points at once from here on", size)
+                continue
+            bar.update(len(at[chunk]))
+            done += size
     return _Points.join(parts)
+
+
+def _evaluate_chunk(
+    model: Model, engine: Engine, rule: Rule, mode: Mode, u: Tensor, generators: list[torch.Generator]
+) -> _Points:
+    theta = model.theta(u)
+    start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
+    here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSE)
+    return _keep(model, u, here, here.free_energy + model.log_prior(u), generators)
 
 
 def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:

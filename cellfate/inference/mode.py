@@ -19,6 +19,8 @@ COARSE = 1e-3  # the same, far from the mode
 CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
+LARGE = 30_000  # cells from which on a gradient is dear, and the posterior so narrow that less of it will do
+LARGE_GAIN = 1e-2  # nats that another step would bring, there: a seventh of a posterior sd
 FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
 
@@ -113,6 +115,7 @@ class _Ascent:
     u: Tensor
     sites: Sites
     gradient: Tensor
+    curvature: Tensor  # an approximation
     evaluations: int
     converged: bool
     message: str
@@ -123,6 +126,7 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
     unit, count, tolerance = _unit(model, u), 1, COARSE
     low, high = _bounds(model, u)
     converged, message, idle = False, "too many steps", 0
+    enough = LARGE_GAIN if model.data.n > LARGE else CONVERGED_GAIN
     here, value, gradient = log_posterior(model, engine, u[None], rule, start=sites, tolerance=tolerance)
     curvature = _average_information(model, here, u) * unit * unit[:, None]  # from here on in units
     sites = here.fit.sites
@@ -133,7 +137,7 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
         step = torch.zeros_like(u)
         step[free] = torch.linalg.solve(curvature[free][:, free], slope[free])
         gain = 0.5 * float(slope @ step)
-        if gain < CONVERGED_GAIN and tolerance <= TIGHT:
+        if gain < enough and (tolerance <= TIGHT or enough > TIGHT):
             converged, message = True, "converged"
             break
         tolerance = min(tolerance, max(TIGHT, COARSE * gain))
@@ -164,27 +168,33 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
         curvature = _bfgs(curvature, (point - u) / unit, slope - its_gradient[0] * unit)
         u, sites, value, gradient = point, its_sites, its_value, its_gradient
     folded = torch.tensor([p.scale == "sd" for p in model.parameters], dtype=torch.bool, device=u.device) & (u < 0)
-    return _Ascent(
-        torch.where(folded, -u, u), sites, torch.where(folded, -gradient[0], gradient[0]), count, converged, message
-    )
+    sign = torch.where(folded, -1.0, 1.0).to(u)
+    curvature = curvature * sign * sign[:, None] / (unit * unit[:, None])
+    return _Ascent(sign * u, sites, sign * gradient[0], curvature, count, converged, message)
 
 
-def find_mode(model: Model, engine: Engine, rule: Rule) -> Mode:
-    """Maximize free energy plus log prior, and differentiate twice there."""
-    u, sites = _start(model, engine, rule)
+def find_mode(model: Model, engine: Engine, rule: Rule, *, start: Tensor | None = None) -> Mode:
+    """Maximize free energy plus log prior, and differentiate twice there; `start` (d,) is where to begin."""
+    if start is None:
+        u, sites = _start(model, engine, rule)
+    else:
+        low, high = _bounds(model, start)
+        u = torch.minimum(torch.maximum(start, low), high)
+        sites = evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
-    gradient = u
+    gradient, approximate = u, None
     if len(u):
         found = _ascend(model, engine, rule, u, sites)
         u, gradient, sites = found.u, found.gradient, found.sites
+        approximate = found.curvature if model.data.n > LARGE else None
         count, converged, message = found.evaluations, found.converged, found.message
         bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
         at_bound = tuple(
             p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
         )
     final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
-    hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient)
+    hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient, approximate)
     return Mode(
         u=u,
         free_energy=float(final.free_energy),
@@ -243,19 +253,33 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
 
 
 def _derivatives(
-    model: Model, engine: Engine, rule: Rule, u: Tensor, here: Evaluation, gradient: Tensor
+    model: Model,
+    engine: Engine,
+    rule: Rule,
+    u: Tensor,
+    here: Evaluation,
+    gradient: Tensor,
+    curvature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative Hessian of the log posterior and slopes of the posterior moments, by forward differences as one batch."""
+    """Negative Hessian of the log posterior and slopes of the posterior moments, by forward differences as one batch.
+
+    A `curvature` that is good enough is taken as it is.
+    """
     d, n = len(u), model.data.n
     step = 0.02 * _unit(model, u)
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
     for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():
         start = repeat(here.fit.sites, len(part))
-        there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
-        gradients.append(slope)
+        if curvature is None:
+            there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
+            gradients.append(slope)
+        else:
+            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=3 * COARSE)
         means.append(there.posterior.mean)
         variances.append(there.posterior.variance.log())
-    g = (torch.cat(gradients) - gradient) / step[:, None]
     m = (torch.cat(means) - here.posterior.mean) / step[:, None]
     v = (torch.cat(variances) - here.posterior.variance.log()) / step[:, None]
-    return -(g + g.mT) / 2, m, v
+    if curvature is None:
+        g = (torch.cat(gradients) - gradient) / step[:, None]
+        curvature = -(g + g.mT) / 2
+    return curvature, m, v

@@ -78,9 +78,12 @@ class Rule(ABC):
 
     @abstractmethod
     def parameter_part(
-        self, likelihood: Likelihood, posterior: Posterior
+        self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A scalar (points,) with the derivative in the likelihood's own parameters; `pair` and `omega` of the surrogate."""
+        """A scalar (points,) with the derivative in the likelihood's own parameters; `pair` and `omega` of the surrogate.
+
+        `accuracy` is the relative one to which what moves through the sites is solved for.
+        """
 
 
 def _sites(e: Expectation, mean: Tensor) -> Sites:
@@ -107,7 +110,7 @@ class Laplace(Rule):
         )  # -d log|B| / 2 = -v' d tau / 2
 
     def parameter_part(
-        self, likelihood: Likelihood, posterior: Posterior
+        self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         m = posterior.mean.detach().requires_grad_(True)
         held = likelihood.detach()
@@ -145,7 +148,7 @@ class Variational(Rule):
         return (slopes[0] * mean_step + slopes[1] * variance_step).sum(-1)
 
     def parameter_part(
-        self, likelihood: Likelihood, posterior: Posterior
+        self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         slopes = _correction_slopes(likelihood, posterior)
         if slopes is None:
@@ -155,7 +158,7 @@ class Variational(Rule):
         with torch.enable_grad():
             t_m, t_v = torch.autograd.grad(likelihood.detach().expect(m, v).precision.sum(), (m, v))
         third, fourth = -t_m, -2 * t_v  # E f''', E f''''
-        lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v)
+        lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v, accuracy)
         slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
         precision_weight = posterior.smooth_squared(lambda_v[..., None])[..., 0]
         live = likelihood.expect(posterior.mean, posterior.variance)
@@ -220,7 +223,7 @@ class ExpectationPropagation(Rule):
         return prior + (log_z - gaussian).sum(-1)
 
     def parameter_part(
-        self, likelihood: Likelihood, posterior: Posterior
+        self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._tilted(likelihood, posterior)[0].sum(-1), None, None
 
@@ -248,7 +251,9 @@ def _through_prior(posterior: Posterior, x: Tensor) -> Tensor:
     return (columns - posterior.residual(posterior.prior_times(columns)))[..., 0]
 
 
-def _adjoint(posterior: Posterior, third: Tensor, fourth: Tensor, c_m: Tensor, c_v: Tensor) -> tuple[Tensor, Tensor]:
+def _adjoint(
+    posterior: Posterior, third: Tensor, fourth: Tensor, c_m: Tensor, c_v: Tensor, accuracy: float
+) -> tuple[Tensor, Tensor]:
     """How a function with derivatives c_m, c_v in (m, v) feels a change of the fixed point that (m, v) is.
 
     At the fixed point m = K E f' and v = diag Sigma(-E f''). Differentiating both and transposing gives, with D3 = E f''' and
@@ -264,7 +269,7 @@ def _adjoint(posterior: Posterior, third: Tensor, fourth: Tensor, c_m: Tensor, c
         squared = posterior.smooth_squared(l_v[..., None])[..., 0]
         return torch.cat([l_m - third * squared, l_v - 0.5 * third * smoothed - 0.5 * fourth * squared], -1)
 
-    solution = gmres(apply, torch.cat([c_m, c_v], -1))
+    solution = gmres(apply, torch.cat([c_m, c_v], -1), rtol=accuracy)
     return solution[..., :n], solution[..., n:]
 
 

@@ -54,6 +54,11 @@ class SpatialKernel(Kernel):
     def n(self) -> int:  # type: ignore[override]
         return len(self.coordinates)
 
+    @property
+    def specimens(self) -> np.ndarray:
+        """Code (n,) of the independent field that each cell belongs to."""
+        return self._codes
+
     @abstractmethod
     def correlation(self, ratio: Tensor) -> Tensor:
         """Correlation at `ratio` = distance / length-scale."""

@@ -53,6 +53,7 @@ class Model:
     """Components and fixed effects over the cells of `data`.
 
     With `reml` the fixed effects are integrated out under their prior; otherwise they are parameters beside the variances.
+    `limits` narrow the bounds of parameters, by name and on their natural scale; the priors stay.
     """
 
     family: Family
@@ -60,6 +61,7 @@ class Model:
     data: Data
     priors: Mapping[str, object] = field(default_factory=dict)
     reml: bool = True
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = [*self._known(), "beta"]
@@ -73,9 +75,16 @@ class Model:
     def at(self, cells: np.ndarray) -> Model:
         """The same model of some of the cells, in the units and under the priors of all of them."""
         components = [Component(c.name, c.kernel.at(cells)) for c in self.components]
-        some = replace(self, components=components, data=self.data.at(cells))
-        some.__dict__.update(response_scale=self.response_scale, beta_sd=self.beta_sd)
-        return some
+        return self._in_units(replace(self, components=components, data=self.data.at(cells)))
+
+    def within(self, limits: Mapping[str, tuple[float, float]]) -> Model:
+        """The same model with narrower bounds for some parameters."""
+        return self._in_units(replace(self, limits={**self.limits, **limits}))
+
+    def _in_units(self, other: Model) -> Model:
+        """`other` in the units and under the priors of this model."""
+        other.__dict__.update(response_scale=self.response_scale, beta_sd=self.beta_sd)
+        return other
 
     def _known(self) -> list[str]:
         names = [f"sd_{c.name}" for c in self.components]
@@ -133,7 +142,14 @@ class Model:
             out += [
                 Parameter(f"beta[{term}]", "real", self._beta_prior(i), 0.0) for i, term in enumerate(self.data.terms)
             ]
-        return tuple(out)
+        return tuple(self._limited(parameter) for parameter in out)
+
+    def _limited(self, parameter: Parameter) -> Parameter:
+        if parameter.name not in self.limits:
+            return parameter
+        low, high = self.limits[parameter.name]
+        low, high = max(low, parameter.lower), min(high, parameter.upper)
+        return replace(parameter, lower=low, upper=high, start=min(max(parameter.start, low), high))
 
     def _beta_prior(self, i: int) -> Prior:
         spec = parse_prior("beta", self.priors["beta"]) if "beta" in self.priors else Flat()

@@ -1,0 +1,265 @@
+"""The engine of linear cost: the tree by sweeps, everything else as columns.
+
+The prior is K = A + Z S Z'. A holds the steps along the tree and the variances that a cell has for itself (what a truncated
+spatial basis leaves out, an observation-level effect); its factor is a sequence of plane rotations from the leaves to the root
+(:mod:`cellfate.trees.sweeps`), Felsenstein's (1973) contrasts in square-root form. The columns Z hold spatial fields, groups and
+fixed effects; they never change, hyperparameters only move S. A posterior costs O(n m^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellfate.engines.base import Engine, Sites
+from cellfate.engines.lowrank import COLUMNS
+from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
+from cellfate.errors import DataError
+from cellfate.kernels.base import Basis, Component, Given, Term, sample_variance
+from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.lineage import LineageKernel, TreeSteps
+from cellfate.kernels.spatial import SpatialKernel, Stationary
+from cellfate.places.basis import FieldBasis, field_basis
+from cellfate.trees.plan import TreePlan
+from cellfate.trees.sweeps import path_sums, up_sums
+
+PILOT_RANK = 192  # of a field in a first fit, over all length-scales that the data bound
+EXPECTED_RANK = 512
+REACH = 2.0  # beyond the bounds of a length-scale, where the search may go
+
+
+class StructuredEngine(Engine):
+    """Exact for trees and columns; a spatial field enters by its leading directions, and what they miss by its variance."""
+
+    name = "structured"
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        n: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        rank: int | None = None,
+        ranges: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.n, self.like = n, torch.empty(0, device=device, dtype=dtype)
+        self.rank, self.ranges = rank, dict(ranges or {})
+        self._kernels = {component.name: component.kernel for component in components}
+        self._components = tuple(components)
+        self.plan: TreePlan | None = None
+        for kernel in self._kernels.values():
+            if isinstance(kernel, LineageKernel):
+                self.plan = TreePlan(kernel.forest.parent, kernel.leaf, self.like.device)
+        self._fields: dict[str, FieldBasis] = {}
+        self._columns: dict[tuple[str, ...], tuple[Tensor, dict[str, slice]]] = {}
+
+    # -- the prior -----------------------------------------------------------------------------------------------------
+
+    def field(self, name: str) -> FieldBasis:
+        """The basis of a spatial component, over the length-scales it may take."""
+        if name not in self._fields:
+            kernel = self._kernels[name]
+            assert isinstance(kernel, SpatialKernel)
+            (hyper,) = kernel.hyperparameters
+            wide = (hyper.lower / REACH, hyper.upper * REACH) if hyper.fixed is None else (hyper.lower, hyper.upper)
+            low, high = self.ranges.get(name, wide)
+            self._fields[name] = field_basis(
+                kernel.coordinates,
+                kernel.correlation,
+                low,
+                high,
+                specimen=kernel.specimens,
+                rank=self.rank,
+                like=self.like,
+            )
+        return self._fields[name]
+
+    def focus(self, ranges: Mapping[str, tuple[float, float]]) -> StructuredEngine:
+        """The same engine with bases for these ranges (component -> lower, upper) of the length-scales."""
+        engine = StructuredEngine(
+            self._components,
+            self.n,
+            device=self.like.device,
+            dtype=self.like.dtype,
+            rank=self.rank,
+            ranges={**self.ranges, **ranges},
+        )
+        engine.plan = self.plan
+        return engine
+
+    @property
+    def approximates(self) -> bool:
+        """Whether there is a spatial field; trees and columns are exact."""
+        return any(isinstance(kernel, SpatialKernel) for kernel in self._kernels.values())
+
+    def fields(self) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name, kernel in self._kernels.items()
+            if isinstance(kernel, SpatialKernel) and any(h.fixed is None for h in kernel.hyperparameters)
+        )
+
+    def pilot(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
+        rank = PILOT_RANK if self.rank is None else min(PILOT_RANK, self.rank)
+        return StructuredEngine(components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=rank)
+
+    def _phi(self, term: Term) -> Tensor | None:
+        """Columns (n, m) of a component; None where it has none."""
+        if isinstance(term.structure, Stationary):
+            return self.field(term.name).phi
+        if isinstance(term.structure, Basis) and not self._is_own(term):
+            return term.structure.phi
+        return None
+
+    def _is_own(self, term: Term) -> bool:
+        """Whether a component is an effect of each cell alone."""
+        kernel = self._kernels.get(term.name)
+        return isinstance(kernel, Intercepts) and len(np.unique(kernel.codes)) == self.n
+
+    def part(self, term: Term) -> Part:
+        """A component at its hyperparameters, differentiable in them."""
+        structure = term.structure
+        if isinstance(structure, TreeSteps):
+            assert self.plan is not None
+            scale = term.variance[..., None]
+            if term.normalized:
+                scale = scale / self._scale(term.name, *tree_moments(self.plan, structure))[..., None]
+            return Part(Walk(self.plan, structure.gain, scale * structure.noise))
+        if isinstance(structure, Stationary):
+            field = self.field(term.name)
+            moments = field.trace(structure.lengthscale), field.total(structure.lengthscale)
+            scale = term.variance / self._scale(term.name, *moments)
+            spectrum = scale[..., None, None] * field.spectrum(structure.lengthscale)
+            return Part(spectrum=spectrum, diagonal=False, own=scale[..., None] * field.left_out(structure.lengthscale))
+        assert isinstance(structure, Basis)
+        scale = term.variance[..., None]
+        if term.normalized:
+            trace = (structure.spectrum * structure.phi.square().sum(0)).sum(-1)
+            total = (structure.spectrum * structure.phi.sum(0).square()).sum(-1)
+            scale = scale / self._scale(term.name, trace, total)[..., None]
+        if self._is_own(term):
+            return Part(own=(scale * structure.spectrum).expand(*scale.shape[:-1], self.n))
+        return Part(spectrum=scale * structure.spectrum)
+
+    def _scale(self, name: str, trace: Tensor, total: Tensor) -> Tensor:
+        scale = sample_variance(trace, total, self.n)
+        if not bool((scale > 1e-12 * trace / self.n).all()):
+            raise DataError(
+                f"component {name!r} is constant over the cells: it cannot explain any variation. Leave it out, or, for a "
+                "spatial field, give a `lengthscale` well below the extent of the tissue."
+            )
+        return scale
+
+    def columns(self, terms: Sequence[Term]) -> tuple[Tensor, dict[str, slice]]:
+        """Columns Z (n, m) of all components, and where those of each stand."""
+        key = tuple(term.name for term in terms)
+        if key not in self._columns:
+            phi, slots, width = [self.like.new_zeros(self.n, 0)], {}, 0
+            for term in terms:
+                own = self._phi(term)
+                if own is not None:
+                    phi.append(own)
+                    slots[term.name] = slice(width, width := width + own.shape[1])
+            # a single component's columns are taken as they are: a copy may be gigabytes
+            self._columns[key] = (phi[1] if len(phi) == 2 else torch.cat(phi, -1)), slots
+        return self._columns[key]
+
+    def prepare(self, terms: Sequence[Term]) -> StructuredPrior:
+        parts = {term.name: self.part(term) for term in terms}
+        z, slots = self.columns(terms)
+        batch = torch.broadcast_shapes(*(term.variance.shape for term in terms))
+        factor = self.like.new_zeros(*batch, z.shape[1], z.shape[1])
+        own, walk = self.like.new_zeros(*batch, 1), None
+        for name, part in parts.items():
+            if part.spectrum is not None:
+                factor[..., slots[name], slots[name]] = square_root(part)
+            if part.own is not None:
+                own = own + part.own
+            walk = part.walk or walk
+        return StructuredPrior(tuple(terms), parts, walk, own.expand(*batch, self.n), factor)
+
+    def select(self, prior: object, index: Tensor) -> StructuredPrior:
+        assert isinstance(prior, StructuredPrior)
+        walk = None if prior.walk is None else prior.walk[index]
+        parts = {name: part[index] for name, part in prior.parts.items()}
+        return StructuredPrior((), parts, walk, prior.own[index], prior.factor[index])
+
+    def condition(self, terms: Sequence[Term], sites: Sites, prior: object | None = None) -> StructuredPosterior:
+        prepared = self.prepare(terms) if prior is None else prior
+        assert isinstance(prepared, StructuredPrior)
+        return StructuredPosterior(self, prepared, self.columns(terms), sites)
+
+    def at(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
+        return StructuredEngine(
+            components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=self.rank, ranges=self.ranges
+        )
+
+    def points_at_once(self, memory: float) -> int:
+        return max(1, int(memory / self.bytes_per_point()))
+
+    def width(self) -> int:
+        """Columns of all components; a guess for fields whose basis is not made yet."""
+        total = 0
+        for name, kernel in self._kernels.items():
+            if name in self._fields:
+                total += self._fields[name].rank
+            elif isinstance(kernel, SpatialKernel):
+                total += min(self.rank or EXPECTED_RANK, self.n)
+            elif not isinstance(kernel, LineageKernel):
+                held = {h.name: self.like.new_full((1,), h.lower) for h in kernel.hyperparameters}
+                structure = kernel.structure(held, self.like)
+                total += structure.phi.shape[1] if isinstance(structure, Basis) else 0
+        return total
+
+    def bytes_per_point(self) -> float:
+        """Memory that one hyperparameter point needs beside what all share."""
+        m, nodes = self.width(), 0 if self.plan is None else self.plan.n_nodes
+        numbers = self.n * (2 * m + 4 * COLUMNS) + 8 * m * m + 12 * (nodes + self.n)
+        return float(numbers * self.like.element_size())
+
+    def report(self) -> dict[str, object]:
+        """What was approximated, for the results: rank, covariance error and truncated share of each field."""
+        out: dict[str, object] = {}
+        for name, field in self._fields.items():
+            out |= {f"rank_{name}": field.rank, f"covariance_error_{name}": field.error}
+            out[f"truncated_share_{name}"] = field.truncated_share
+        return out
+
+
+def refusal(components: Sequence[Component]) -> str | None:
+    """Why this engine cannot serve the components; None where it can."""
+    given = [c.name for c in components if isinstance(c.kernel, Given)]
+    trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
+    if given:
+        return f"components {given} are covariance matrices, which have no structure"
+    if len(trees) > 1:
+        return f"components {trees} are trees, and it sweeps along one"
+    return None
+
+
+def tree_moments(plan: TreePlan, steps: TreeSteps) -> tuple[Tensor, Tensor]:
+    """Tr K and 1' K 1 among the cells, each (...,), differentiable in gain and noise."""
+    gain = None if steps.gain is None else steps.gain.detach()
+    ones = steps.noise.new_ones(plan.n_cells, 1)
+    below = up_sums(plan, gain, ones)[..., 0]
+    total = (steps.noise * below.square()).sum(-1)
+    if gain is None or steps.gain is None:
+        return (steps.noise * below).sum(-1), total
+    field = path_sums(plan, gain, steps.noise.detach(), ones)[..., 0]
+    pull = 2 * below * torch.where(plan.parent < 0, 0.0, field[..., plan.parent.clamp(min=0)])
+    total = total + (pull * (steps.gain - gain)).sum(-1)  # zero, with the derivative in the gain
+    return steps.marginals()[1][..., plan.leaf].sum(-1), total
+
+
+def square_root(part: Part) -> Tensor:
+    """F (..., m, m) with F F' = S; a matrix that rounding has left a little indefinite is cut at zero."""
+    spectrum = part.spectrum
+    assert spectrum is not None
+    if part.diagonal:
+        return torch.diag_embed(spectrum.sqrt())
+    values, vectors = torch.linalg.eigh(spectrum)
+    return vectors * values.clamp(min=0.0).sqrt()[..., None, :]

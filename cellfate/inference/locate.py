@@ -1,0 +1,110 @@
+"""Where the posterior is: the mode, by way of a pilot fit that tells an engine which length-scales its approximation has to serve.
+
+A low-rank basis that has to describe fields of every length-scale at once describes each of them less well. A fit of some of the
+cells says which length-scales matter; the basis is then made for those, and made again should the mode turn out to lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cellfate._runtime import logger
+from cellfate.engines.base import Engine
+from cellfate.inference.mode import Mode, find_mode
+from cellfate.inference.sites import Rule
+from cellfate.model.glmm import Model
+
+PILOT = 3000  # cells of the pilot fit
+STAGE = 20_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
+WITHIN = 3.0  # sds of the pilot's log length-scale to either side of its mode
+NARROWEST = 0.4  # e-folds to either side
+ATTEMPTS = 3
+
+Ranges = dict[str, tuple[float, float]]
+
+
+def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mode]:
+    """The mode, with the model and the engine focused on it."""
+    names = [p.name for p in model.parameters]
+    fields = {f"lengthscale_{field}": field for field in engine.fields() if f"lengthscale_{field}" in names}
+    if not fields:
+        return model, engine, find_mode(model, engine, rule)
+    some = _some(model.data.n, PILOT)
+    thin = model.at(some)
+    pilot = find_mode(thin, engine.pilot(thin.components, some), rule)
+    spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
+    half = {name: max(NARROWEST, WITHIN * float(spread[names.index(name)])) for name in fields}
+    u = pilot.u
+    if model.data.n > 3 * STAGE:
+        u = _second(model, engine, rule, u, half, fields)
+    for _ in range(ATTEMPTS - 1):
+        focused, sharp, mode = _focused(model, engine, rule, u, half, fields)
+        cut = _cut(model, focused, mode.u, fields)
+        if not cut:
+            return focused, sharp, mode
+        u = mode.u
+        half |= {name: 1.5 * half[name] for name in cut}
+    return _focused(model, engine, rule, u, half, fields)
+
+
+def _focused(
+    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, half: dict[str, float], fields: dict[str, str]
+) -> tuple[Model, Engine, Mode]:
+    limits = _limits(model, u, half)
+    logger.debug("length-scales within %s", limits)
+    focused, sharp = model.within(limits), engine.focus({field: limits[name] for name, field in fields.items()})
+    return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u))
+
+
+def _some(n: int, count: int) -> np.ndarray:
+    """Cells at random: those that come in turns would be thinned to one of them. The seed only makes a fit repeatable."""
+    return np.arange(n) if n <= count else np.sort(np.random.default_rng(0).permutation(n)[:count])
+
+
+def _second(
+    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, half: dict[str, float], fields: dict[str, str]
+) -> torch.Tensor:
+    """A better start, from a larger part of the cells; narrows `half` to what it leaves open."""
+    some, limits = _some(model.data.n, STAGE), _limits(model, u, half)
+    thin = model.at(some).within(limits)
+    sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
+    mode = find_mode(thin, sharp, rule, start=_not_absent(model, u))
+    spread = 1 / np.sqrt(np.clip(mode.curvature.diagonal().cpu().numpy(), 1e-3, None))
+    for i, parameter in enumerate(model.parameters):
+        if parameter.name in half and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
+            half[parameter.name] = max(NARROWEST, WITHIN * float(spread[i]))
+    return mode.u
+
+
+def _limits(model: Model, u: torch.Tensor, half: dict[str, float]) -> Ranges:
+    out = {}
+    for i, parameter in enumerate(model.parameters):
+        if parameter.name in half:
+            low, high = np.log(parameter.lower), np.log(parameter.upper)
+            centre = float(np.clip(float(u[i]), low, high))
+            out[parameter.name] = (
+                float(np.exp(max(low, centre - half[parameter.name]))),
+                float(np.exp(min(high, centre + half[parameter.name]))),
+            )
+    return out
+
+
+def _not_absent(model: Model, u: torch.Tensor) -> torch.Tensor:
+    """A component that the pilot's cells do not show must be able to come back: at zero its gradient is zero."""
+    floor = torch.tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters]).to(u)
+    return torch.maximum(u, floor)
+
+
+def _cut(model: Model, focused: Model, u: torch.Tensor, fields: dict[str, str]) -> list[str]:
+    """Length-scales whose mode lies at a limit that is not the model's own."""
+    out = []
+    for i, (own, limited) in enumerate(zip(model.parameters, focused.parameters, strict=True)):
+        if own.name not in fields:
+            continue
+        x = float(u[i])
+        below = limited.lower > 1.001 * own.lower and x < np.log(limited.lower) + 0.05
+        above = limited.upper < 0.999 * own.upper and x > np.log(limited.upper) - 0.05
+        if below or above:
+            out.append(own.name)
+    return out

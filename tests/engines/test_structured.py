@@ -1,0 +1,227 @@
+"""The structured engine against the dense one: with as many columns as cells both have the same kernel."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cellfate.engines.base import Sites
+from cellfate.engines.structured import StructuredEngine
+from cellfate.errors import DataError
+from cellfate.inference.free_energy import evaluate, evaluate_with_gradient
+from cellfate.inference.sites import RULES
+from cellfate.kernels.base import Component, Given
+from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.lineage import LINEAGE_KERNELS, Brownian
+from cellfate.kernels.spatial import Matern32
+from cellfate.model.families import Outcome, concrete, get_family
+from cellfate.model.glmm import Data, Model
+from cellfate.trees.convert import to_forest
+from tests.problem import dense_engine, double, random_newick, small_problem
+
+CLOSE = 1e-8
+EXACT = 1e-12  # of site updates
+BOUND = (0.4, 1.2)  # of length-scales, about where the tests look
+
+
+def structured(components, n, rank=None, bound=BOUND) -> StructuredEngine:
+    ranges = {c.name: bound for c in components if isinstance(c.kernel, Matern32) and c.kernel.lengthscale is None}
+    return StructuredEngine(components, n, device="cpu", dtype=torch.float64, rank=rank or n, ranges=ranges)
+
+
+def both(model: Model, rank=None):
+    return dense_engine(model.components, model.data.n), structured(model.components, model.data.n, rank)
+
+
+def points(model: Model, count=3, seed=0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    u = np.tile(model.start().numpy(), (count, 1)) + 0.3 * rng.normal(size=(count, len(model.parameters)))
+    for i, p in enumerate(model.parameters):
+        if p.name.startswith("lengthscale"):
+            u[:, i] = np.log(rng.uniform(0.5, 1.1, count))
+    return double(u)
+
+
+def close(found, expected, tolerance=CLOSE):
+    scale = max(float(expected.abs().max()), 1e-300)
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def compare(model: Model, rule: str = "variational", tolerance=CLOSE) -> None:
+    """Free energy, gradient, moments of the field and of every component."""
+    dense, fast = both(model)
+    u = points(model)
+    one = evaluate_with_gradient(model, dense, u, RULES[rule](), tolerance=EXACT)
+    two = evaluate_with_gradient(model, fast, u, RULES[rule](), tolerance=EXACT)
+    close(two.free_energy, one.free_energy, tolerance)
+    close(two.gradient, one.gradient, 10 * tolerance)
+    a, b = one.posterior, two.posterior
+    for what in ("mean", "variance", "weights", "log_det"):
+        close(getattr(b, what), getattr(a, what), tolerance)
+    for s, t in zip(one.terms, two.terms, strict=True):
+        close(b.component_mean(t), a.component_mean(s), tolerance)
+        close(b.component_variance(t), a.component_variance(s), tolerance)
+
+
+FATES = [(family.name, link) for family in concrete() for link in family.links]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("family", "link"), FATES, ids=lambda x: str(x))
+def test_every_family_and_rule_as_dense(family, link, rule):
+    model, _ = small_problem(family, link=link)
+    compare(model, rule)
+
+
+@pytest.mark.parametrize("reml", [True, False])
+@pytest.mark.parametrize("lineage", LINEAGE_KERNELS)
+def test_every_lineage_kernel_as_dense(lineage, reml):
+    model, _ = small_problem("bernoulli", lineage=lineage, reml=reml, seed=2)
+    compare(model)
+
+
+def caterpillar(names):
+    text = f"({names[0]}:0.3,{names[1]}:0.2)"
+    for name in names[2:]:
+        text = f"({text}:0.1,{name}:0.4)"
+    return text + ";"
+
+
+TREES = {
+    "star": lambda c: f"({','.join(f'{x}:{0.5 + i % 3}' for i, x in enumerate(c))});",
+    "caterpillar": caterpillar,
+    "zero lengths": lambda c: f"(({','.join(f'{x}:0' for x in c[:9])}):1,({','.join(f'{x}:0.5' for x in c[9:])}):0);",
+    "polytomies": lambda c: random_newick(list(c), np.random.default_rng(5)),
+    "forest": lambda c: {
+        "a": caterpillar(c[:8]),
+        "b": f"({c[8]}:1);",
+        "d": random_newick(list(c[9:]), np.random.default_rng(1)),
+    },
+    "unary": lambda c: (
+        f"((({','.join(f'{x}:1' for x in c[:5])}):0.5):0.5,(({','.join(f'{x}:1' for x in c[5:])}):2):0);"
+    ),
+}
+
+
+@pytest.mark.parametrize("observed", [18, 12], ids=["all-leaves", "some-leaves"])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("lineage", ["brownian", "ou", "pagel"])
+def test_awkward_trees_as_dense(tree, lineage, observed):
+    rng = np.random.default_rng(3)
+    names = np.array([f"c{i}" for i in range(18)])
+    forest = to_forest(TREES[tree](names))
+    names = rng.permutation(names)[:observed]
+    components = [
+        Component("lineage", LINEAGE_KERNELS[lineage](forest, forest.nodes_of(names))),
+        Component("spatial", Matern32(rng.normal(size=(observed, 3)))),
+    ]
+    y = (rng.random(observed) < 0.5).astype(float)
+    design = double(np.ones((observed, 1)))
+    model = Model(get_family("bernoulli"), components, Data(Outcome(double(y), None), design, ("one",), design[:, 0]))
+    compare(model)
+
+
+def test_effects_of_single_cells_and_groups_as_dense():
+    model, _ = small_problem("poisson")
+    n = model.data.n
+    components = [*model.components, Component("cell", Intercepts(np.random.default_rng(0).permutation(n)))]
+    engine = structured(components, n)
+    model = replace(model, components=components)
+    compare(model)
+    assert engine.columns(model.terms(model.theta(points(model))))[1].keys() == {"spatial", "clutch", "batch", "fixed"}
+
+
+def test_without_a_tree_and_without_a_field():
+    model, _ = small_problem("bernoulli", seed=4)
+    for keep in ({"spatial"}, {"lineage"}, {"lineage", "batch"}, {"batch"}):
+        compare(replace(model, components=[c for c in model.components if c.name in keep]))
+
+
+def sites_of(kind: str, shape, rng) -> Sites:
+    precision = rng.gamma(1.0, size=shape)
+    if kind == "none":
+        precision[rng.random(shape) < 0.4] = 0.0
+        precision[1] = 0.0
+    elif kind == "uneven":
+        precision = 10 ** rng.uniform(-9, 3, size=shape)
+    elif kind == "strong":
+        precision = 1e8 * precision
+    shift = (precision + np.sqrt(precision)) * rng.normal(size=shape) + (0.3 if kind == "none" else 0.0)
+    return Sites(double(precision), double(shift))
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("usual", 1e-9), ("none", 1e-9), ("uneven", 1e-5), ("strong", 1e-7)])
+def test_products_as_dense(kind, tolerance):
+    model, _ = small_problem("bernoulli", seed=1)
+    dense, fast = both(model)
+    u, rng = points(model), np.random.default_rng(7)
+    sites, terms = sites_of(kind, (3, model.data.n), rng), model.terms(model.theta(u))
+    a, b = dense.condition(terms, sites), fast.condition(terms, sites)
+    for what in ("mean", "variance", "weights", "log_det"):
+        close(getattr(b, what), getattr(a, what), tolerance)
+    x = double(rng.normal(size=(3, model.data.n, 2)))
+    for what in ("smooth", "residual", "prior_times"):
+        close(getattr(b, what)(x), getattr(a, what)(x), tolerance)
+    seen = (sites.precision > 1e-6)[..., None]  # the dense engine leaves the others out of this product
+    close(seen * b.smooth_squared(seen * x), seen * a.smooth_squared(seen * x), tolerance)
+    for term in terms[-2:]:
+        for one, two in zip(a.coefficients(term), b.coefficients(term), strict=True):
+            close(two, one, tolerance)
+
+
+def test_gradient_of_a_truncated_basis_is_that_of_its_own_free_energy():
+    model, _ = small_problem("bernoulli", lineage="ou", seed=6)
+    engine = structured(model.components, model.data.n, rank=12)
+    u = points(model, count=1)
+    rule = RULES["variational"]()
+    found = evaluate_with_gradient(model, engine, u, rule, tolerance=EXACT).gradient[0]
+    h = 1e-5
+    steps = torch.cat([u + h * torch.eye(u.shape[1]), u - h * torch.eye(u.shape[1])])
+    value = evaluate(model, engine, model.theta(steps), rule, tolerance=EXACT).free_energy
+    by_difference = (value[: u.shape[1]] - value[u.shape[1] :]) / (2 * h)
+    torch.testing.assert_close(found, by_difference, rtol=1e-6, atol=1e-6)
+    assert engine.report()["truncated_share_spatial"][0] > 1e-3  # there is something to give back
+
+
+def test_draws_have_the_posterior_moments():
+    model, _ = small_problem("bernoulli", seed=3)
+    engine = structured(model.components, model.data.n, rank=10)
+    u = points(model, count=2)
+    posterior = evaluate(model, engine, model.theta(u), RULES["variational"](), tolerance=1e-6).posterior
+    terms, count = model.terms(model.theta(u)), 4000
+    posterior = engine.condition(terms, posterior.sites)
+    drawn = posterior.sample(terms, count, [torch.Generator().manual_seed(i) for i in range(2)])
+    for term in terms:
+        mean, variance = posterior.component_mean(term), posterior.component_variance(term)
+        z = (drawn[term.name].mean(-1) - mean) / (variance / count).sqrt()
+        ratio = drawn[term.name].var(-1) / variance
+        # largest of a few hundred, correlated, standard normal numbers
+        assert float(z.abs().max()) < 4.5
+        assert float((ratio - 1).abs().max()) < 4.5 * np.sqrt(2 / count)
+    whole = sum(drawn.values())
+    ratio = whole.var(-1) / posterior.variance
+    assert float((ratio - 1).abs().max()) < 4.5 * np.sqrt(2 / count)
+
+
+def test_batch_is_one_by_one():
+    model, _ = small_problem("bernoulli", seed=5)
+    engine = structured(model.components, model.data.n, rank=16)
+    u, rule = points(model), RULES["variational"]()
+    together = evaluate_with_gradient(model, engine, u, rule)
+    for i in range(len(u)):
+        alone = evaluate_with_gradient(model, engine, u[i : i + 1], rule)
+        torch.testing.assert_close(together.free_energy[i], alone.free_energy[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(together.gradient[i], alone.gradient[0], rtol=1e-8, atol=1e-8)
+
+
+def test_what_it_cannot_take_is_said():
+    forest = to_forest("((a:1,b:1):1,c:2);")
+    from cellfate.engines.choose import choose
+
+    leaf = forest.nodes_of(["a", "b", "c"])
+    two = [Component("one", Brownian(forest, leaf)), Component("two", Brownian(forest, leaf))]
+    given = [Component("kinship", Given(torch.eye(3, dtype=torch.float64)))]
+    for components, text in ((two, "are trees"), (given, "covariance matrices")):
+        with pytest.raises(DataError, match=text):
+            choose("structured", components, 3, device=torch.device("cpu"), dtype=torch.float64)
