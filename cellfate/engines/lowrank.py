@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch import Tensor
 from cellfate.engines.base import Posterior, Sites
 
 UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
-COLUMNS = 64  # taken at a time where a matrix as tall as the cells would be made
+COLUMNS, ROWS = 64, 4096  # taken at a time where a matrix as large as the columns would be made
+ESTIMATE, PROBES = 30_000, 8  # cells from which on products with squares are estimated, and by how many random vectors
 
 
 class LowRankPosterior(Posterior):
@@ -33,23 +35,20 @@ class LowRankPosterior(Posterior):
         self._seen = (tau > 0) & (tau >= UNSEEN * tau.amax(-2, keepdim=True))
         self._all_seen = bool(self._seen.all())
         self._root = torch.where(self._seen, tau, torch.ones_like(tau)).sqrt()
-        self._respond()
         shift = sites.shift[..., None]
         resolved = self._part_resolve(shift)
-        self._coefficients = self._p @ (self._p.mT @ (self._y.mT @ shift))  # (..., m, 1), posterior mean
-        pulled = self._y @ self._coefficients
+        # what the data say of the coefficients (..., m, 1), and what these add to the field
+        self._factorize()
+        self._coefficients = self._p @ (self._p.mT @ (columns.mT @ resolved))
+        pulled = self._part_respond(columns @ self._coefficients)
         self.mean = (self._part_prior(resolved) + pulled)[..., 0]
         self.weights = (resolved - tau * pulled)[..., 0]
-        variance = self._part_variance()
-        for _, e in self._e():
-            variance = variance + e.square().sum(-1)
-        self.variance = variance
 
-    def _respond(self) -> None:
-        """Y, the Gram matrix Z' R_A Z, and P."""
+    def _factorize(self) -> None:
+        """The Gram matrix Z' R_A Z, P and log|B|."""
         z, f, m = self._z, self._f, self._z.shape[-1]
-        whitened = self._part_whiten(self._tau.sqrt() * z)
-        self._gram = whitened.mT @ whitened
+        self._whitened: Tensor | None = self._part_whiten(self._tau.sqrt() * z)
+        self._gram = self._whitened.mT @ self._whitened
         capacity = f.mT @ self._gram @ f
         capacity = capacity + torch.eye(m, dtype=z.dtype, device=z.device)
         lower, info = torch.linalg.cholesky_ex(capacity)
@@ -57,19 +56,28 @@ class LowRankPosterior(Posterior):
             lower = torch.where((info != 0)[..., None, None], torch.full_like(lower, torch.nan), lower)
         self._p = torch.linalg.solve_triangular(lower, f.mT, upper=False).mT
         self.log_det = self._part_log_det() + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        back = self._part_whiten_t(whitened)  # B^-1 W Z
-        if self._all_seen or not m:
-            self._y = back.div_(self._root)
-        else:
-            self._y = torch.where(self._seen, back / self._root, z - self._part_prior(self._tau.sqrt() * back))
 
-    def _blocks(self) -> Iterator[slice]:
-        for first in range(0, self._p.shape[-1], COLUMNS):
-            yield slice(first, first + COLUMNS)
+    @cached_property
+    def _y(self) -> Tensor:
+        whitened, self._whitened = self._whitened, None  # as large as the columns: not both of them are held
+        return self._respond(whitened, self._z)
+
+    @cached_property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        """Diagonal of Sigma; a mode can be sought without it."""
+        out = self._part_variance()
+        if not self._p.shape[-1]:
+            return out
+        low_rank = torch.empty_like(self.mean)
+        for rows in range(0, low_rank.shape[-1], ROWS):
+            e = self._y[..., rows : rows + ROWS, :] @ self._p
+            low_rank[..., rows : rows + ROWS] = e.square_().sum(-1)
+        return out + low_rank
 
     def _e(self) -> Iterator[tuple[slice, Tensor]]:
         """E = Y P, a block of columns at a time: Sigma = Sigma_A + E E'."""
-        for block in self._blocks():
+        for first in range(0, self._p.shape[-1], COLUMNS):
+            block = slice(first, first + COLUMNS)
             yield block, self._y @ self._p[..., block]
 
     # -- the cheap part ------------------------------------------------------------------------------------------------
@@ -103,6 +111,17 @@ class LowRankPosterior(Posterior):
         w = self._tau.sqrt()
         return w * self._part_whiten_t(self._part_whiten(w * x))
 
+    def _part_respond(self, x: Tensor) -> Tensor:
+        """(I + A T)^-1 x = W^-1 B^-1 W x, and x - A R_A x for cells without a site, where W^-1 is not."""
+        return self._respond(self._part_whiten(self._tau.sqrt() * x), x)
+
+    def _respond(self, whitened: Tensor | None, x: Tensor) -> Tensor:
+        assert whitened is not None
+        back = self._part_whiten_t(whitened)
+        if self._all_seen:
+            return back.div_(self._root)
+        return torch.where(self._seen, back / self._root, x - self._part_prior(self._tau.sqrt() * back))
+
     def _part_resolve(self, x: Tensor) -> Tensor:
         """(I + T A)^-1 x = W B^-1 W^-1 x, and x - R_A A x for cells without a site, where W^-1 is not."""
         seen = x / self._root if self._all_seen else torch.where(self._seen, x / self._root, 0.0)
@@ -131,6 +150,10 @@ class LowRankPosterior(Posterior):
         return self._part_smooth(x) + self._y @ self._columns_times(x)
 
     def smooth_squared(self, x: Tensor) -> Tensor:
+        if not self._p.shape[-1]:
+            return self._part_squared(x)
+        if x.shape[-2] > ESTIMATE:
+            return self._part_squared(x) + self._estimated_squares(x)
         result = self._part_squared(x)
         for _, e in self._e():
             columns = [2 * (e * self._part_smooth(e * x_k[..., None])).sum(-1) for x_k in x.unbind(-1)]
@@ -138,13 +161,38 @@ class LowRankPosterior(Posterior):
         squares = []
         for x_k in x.unbind(-1):
             inner = self._p @ (self._p.mT @ self._weighted_gram(x_k) @ self._p) @ self._p.mT
-            squares.append(sum((((self._y @ inner[..., b]) * self._y[..., b]).sum(-1) for b in self._blocks()), 0.0))
-        return result + torch.stack([torch.as_tensor(s) for s in squares], -1) if self._p.shape[-1] else result
+            squares.append(((self._y @ inner) * self._y).sum(-1))
+        return result + torch.stack(squares, -1)
+
+    @cached_property
+    def _probes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Random signs z (n, PROBES), Sigma z and Sigma_A z; the seed only makes a gradient repeatable."""
+        signs = torch.randint(2, (self._z.shape[-2], PROBES), generator=torch.Generator().manual_seed(0))
+        z = (2.0 * signs - 1.0).to(self.mean)
+        part = self._part_smooth(z)
+        return z, part + self._y @ self._columns_times(z), part
+
+    def _estimated_squares(self, x: Tensor) -> Tensor:
+        """(Sigma o Sigma - Sigma_A o Sigma_A) x = diag(Sigma diag(x) Sigma) - ..., by probes and linear in x.
+
+        Without bias (Bekas, Kokiopoulou & Saad 2007), and for sums over many cells the noise is small.
+        """
+        z, whole, part = self._probes
+        out = []
+        for x_k in x.unbind(-1):
+            along = x_k[..., None] * z
+            of_part = self._part_smooth(along)
+            of_whole = of_part + self._y @ self._columns_times(along)
+            out.append((of_whole * whole - of_part * part).mean(-1))
+        return torch.stack(out, -1)
 
     def _weighted_gram(self, weight: Tensor) -> Tensor:
         """Y' diag(weight) Y."""
-        blocks = [self._y.mT @ (weight[..., None] * self._y[..., b]) for b in self._blocks()]
-        return torch.cat(blocks, -1) if blocks else self._gram
+        total = torch.zeros_like(self._gram)
+        for rows in range(0, self._y.shape[-2], ROWS):
+            y = self._y[..., rows : rows + ROWS, :]
+            total += y.mT @ (weight[..., rows : rows + ROWS, None] * y)
+        return total
 
     def _noise(self, xi: Tensor) -> Tensor:
         """R T^-1/2 xi, without the division."""

@@ -53,7 +53,8 @@ def evaluate(
             if not isinstance(rule, Laplace):
                 start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=1e-2).sites
         fit = fit_sites(engine, terms, likelihood, rule, start, tolerance=tolerance)
-        return Evaluation(rule.free_energy(likelihood, fit.posterior), fit, terms, theta)
+        # to first order, the free energy is that of settled sites
+        return Evaluation(rule.free_energy(likelihood, fit.posterior) + fit.drift, fit, terms, theta)
 
 
 def evaluate_with_gradient(

@@ -37,12 +37,16 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class Fit:
-    """Sites and posterior at a batch of points, with the number of updates and a status for each (points,)."""
+    """Sites and posterior at a batch of points, with the number of updates and a status for each (points,).
+
+    `drift` is the first-order change that a further update would make to the free energy.
+    """
 
     sites: Sites
     posterior: Posterior
     status: Tensor
     updates: Tensor
+    drift: Tensor
 
 
 def fit_sites(
@@ -76,10 +80,11 @@ def fit_sites(
 
     posterior = condition(active, start)
     state = rule.update(likelihood, posterior)
-    settled = _left_to_do(rule, likelihood, posterior, state.target) < tolerance
+    left, drift = _left_to_do(rule, likelihood, posterior, state.target)
+    settled = left < tolerance
     status[settled] = int(Status.CONVERGED)
     if bool(settled.all()):
-        return Fit(start, posterior, status, updates)
+        return Fit(start, posterior, status, updates, drift)
     active = active[~settled]
     now, mean, variance = start[active], posterior.mean[active], posterior.variance[active]
     state = Update(state.target[active], state.objective[active])
@@ -111,7 +116,9 @@ def fit_sites(
         mean = torch.where(accepted[:, None], posterior.mean, mean)
         variance = torch.where(accepted[:, None], posterior.variance, variance)
         last = torch.where(accepted, moved, last)
-        done = accepted & (_left_to_do(rule, likelihood[active], posterior, candidate.target) < tolerance)
+        left, its_drift = _left_to_do(rule, likelihood[active], posterior, candidate.target)
+        done = accepted & (left < tolerance)
+        drift = drift.index_copy(0, active, torch.where(done, its_drift, 0.0))
         stalled = ~done & (step_next < SMALLEST_STEP)
         status[active[done]] = int(Status.CONVERGED)
         lost = stalled & ~objective.isfinite()
@@ -122,13 +129,12 @@ def fit_sites(
         state = Update(target[going], objective[going])
         if not bool(going.any()):
             whole = len(active) == points and bool(accepted.all())
-            return Fit(
-                sites, posterior if whole else condition(torch.arange(points, device=device), sites), status, updates
-            )
+            posterior = posterior if whole else condition(torch.arange(points, device=device), sites)
+            return Fit(sites, posterior, status, updates, drift)
         past.select(going)
         active, now, step, last = active[going], now[going], step_next[going], last[going]
         mean, variance = mean[going], variance[going]
-    return Fit(sites, condition(torch.arange(points, device=device), sites), status, updates)
+    return Fit(sites, condition(torch.arange(points, device=device), sites), status, updates, drift)
 
 
 def _accelerated(past: Anderson, now: Sites, target: Sites, step: Tensor) -> Sites:
@@ -141,15 +147,15 @@ def _accelerated(past: Anderson, now: Sites, target: Sites, step: Tensor) -> Sit
     return Sites(torch.maximum(x[:, :n], 0.1 * torch.minimum(now.precision, target.precision)), x[:, n:])
 
 
-def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites) -> Tensor:
-    """About how much (points,) the next update will change, without doing it."""
+def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites) -> tuple[Tensor, Tensor]:
+    """About how much (points,) the next update will change, without doing it, and what of it the free energy feels."""
     pull = target.shift - target.precision * posterior.mean - posterior.weights
     mean_step = posterior.smooth(pull[..., None])[..., 0]
     shrinkage = (target.precision - posterior.sites.precision) * posterior.variance
     drift = rule.drift(likelihood, posterior, mean_step, -shrinkage * posterior.variance)
     smallest = torch.finfo(mean_step.dtype).tiny
     of_means = (mean_step.abs() / posterior.variance.clamp(min=smallest).sqrt()).amax(-1)
-    return torch.maximum(torch.maximum(of_means, shrinkage.abs().amax(-1)), drift.abs())
+    return torch.maximum(torch.maximum(of_means, shrinkage.abs().amax(-1)), drift.abs()), drift
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:
