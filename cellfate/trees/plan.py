@@ -27,12 +27,15 @@ class Schedule:
         np.ndarray
     )  # (nodes,), the segment in which all that a node's children say ends; -1 at leaves, -2 over no cell
     eldest: np.ndarray  # (nodes,), 1 where a node is the first child of its parent
+    inner: np.ndarray  # (nodes,), numbers the nodes with children, -1 at leaves
     end: np.ndarray  # (nodes + 1,), merges that come right after node v are end[v]..end[v + 1]
     pair: np.ndarray  # (n, 2), the segments that a merge joins, the second -1 at a root
     rows: (
         np.ndarray
     )  # (n, 2), the cells whose rows hold them: what is kept goes to the first, the contrast to the second
     fresh: np.ndarray  # (n,), +1 if the first row has not been met before, +2 if the second
+    pieces: np.ndarray  # (pieces, 2), runs of merges that share no row
+    rest: np.ndarray  # (runs, 2), what is left of the merges and comes after the pieces
 
 
 class TreePlan:

@@ -20,13 +20,43 @@ if TYPE_CHECKING:
     from cellfate.trees.plan import TreePlan
 
 WORTH_A_THREAD = 200_000  # numbers touched
-BUFFER = 2**25  # bytes of scratch per thread where a sweep has to remember a value per node
+WHOLE_ROW = 1024  # columns
+BUFFER = 2**27  # bytes of scratch per thread where a sweep has to remember a value per node
 
 compiled: Any = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 summing: Any = njit(cache=True, nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
 
 
 # -- topology ----------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def _pieces(source, pair):  # type: ignore[no-untyped-def]
+    """Runs of merges that share no row, and the runs that are left and wait for them; both (runs, 2), in order."""
+    nodes, n = source.size, pair.shape[0]
+    most = max(256, n // 32)
+    span = np.ones(n, np.int64)  # merges that a merge ends, itself included: the run t - span[t] + 1..t
+    for t in range(n):
+        for side in range(2):
+            segment = pair[t, side]
+            while 0 <= segment < nodes:
+                segment = source[segment]
+            if segment >= nodes:
+                span[t] += span[segment - nodes]
+    runs = np.empty((n, 3), np.int64)  # begin, stop, whether it stands alone
+    count, t = 0, n - 1
+    while t >= 0:
+        alone = span[t] <= most
+        begin = t - span[t] + 1 if alone else t
+        if count > 0 and runs[count - 1, 2] == alone and (not alone or runs[count - 1, 1] - begin <= most):
+            runs[count - 1, 0] = begin
+        else:
+            runs[count, 0], runs[count, 1], runs[count, 2] = begin, t + 1, alone
+            count += 1
+        t = begin - 1
+    runs = runs[:count][::-1]
+    worth = (runs[:, 2] == 1) & (runs[:, 1] - runs[:, 0] >= most // 32)
+    return runs[worth][:, :2].copy(), runs[~worth][:, :2].copy()
 
 
 @compiled
@@ -100,7 +130,9 @@ def schedule(parent, leaf):  # type: ignore[no-untyped-def]
                     top[p] = nodes + t
                     t += 1
         end[v + 1] = t
-    return depth, cell, source, eldest, end, pair, rows, fresh
+    inner = np.where(children > 0, np.cumsum(children > 0) - 1, -1)
+    pieces, rest = _pieces(source, pair)
+    return depth, cell, source, eldest, inner, end, pair, rows, fresh, pieces, rest
 
 
 # -- one number per node -----------------------------------------------------------------------------------------------
@@ -226,80 +258,120 @@ def _slopes(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _whiten(rows, fresh, coefficients, x, out, begin, stop, copy):  # type: ignore[no-untyped-def]
-    for t in range(rows.shape[0]):
-        i, j = rows[t, 0], rows[t, 1]
-        if copy and fresh[t] & 1:
+def _whiten(runs, rows, fresh, coefficients, x, out, begin, stop, copy):  # type: ignore[no-untyped-def]
+    for run in range(runs.shape[0]):
+        for t in range(runs[run, 0], runs[run, 1]):
+            i, j = rows[t, 0], rows[t, 1]
+            if copy and fresh[t] & 1:
+                for k in range(begin, stop):
+                    out[i, k] = x[i, k]
+            if j < 0:
+                a = coefficients[t, 0]
+                for k in range(begin, stop):
+                    out[i, k] *= a
+                continue
+            if copy and fresh[t] & 2:
+                for k in range(begin, stop):
+                    out[j, k] = x[j, k]
+            a, b, c, d = coefficients[t, 0], coefficients[t, 1], coefficients[t, 2], coefficients[t, 3]
             for k in range(begin, stop):
-                out[i, k] = x[i, k]
-        if j < 0:
-            a = coefficients[t, 0]
-            for k in range(begin, stop):
-                out[i, k] *= a
-            continue
-        if copy and fresh[t] & 2:
-            for k in range(begin, stop):
-                out[j, k] = x[j, k]
-        a, b, c, d = coefficients[t, 0], coefficients[t, 1], coefficients[t, 2], coefficients[t, 3]
-        for k in range(begin, stop):
-            first, second = out[i, k], out[j, k]
-            out[i, k] = a * first + b * second
-            out[j, k] = c * first + d * second
+                first, second = out[i, k], out[j, k]
+                out[i, k] = a * first + b * second
+                out[j, k] = c * first + d * second
 
 
 @compiled
-def _whiten_t(rows, coefficients, x, out, begin, stop, copy):  # type: ignore[no-untyped-def]
-    for t in range(rows.shape[0] - 1, -1, -1):
-        i, j = rows[t, 0], rows[t, 1]
-        if copy:
-            met = j if j >= 0 else i
+def _whiten_t(runs, rows, coefficients, x, out, begin, stop, copy):  # type: ignore[no-untyped-def]
+    for run in range(runs.shape[0] - 1, -1, -1):
+        for t in range(runs[run, 1] - 1, runs[run, 0] - 1, -1):
+            i, j = rows[t, 0], rows[t, 1]
+            if copy:
+                met = j if j >= 0 else i
+                for k in range(begin, stop):
+                    out[met, k] = x[met, k]
+            if j < 0:
+                a = coefficients[t, 0]
+                for k in range(begin, stop):
+                    out[i, k] *= a
+                continue
+            a, b, c, d = coefficients[t, 0], coefficients[t, 1], coefficients[t, 2], coefficients[t, 3]
             for k in range(begin, stop):
-                out[met, k] = x[met, k]
-        if j < 0:
-            a = coefficients[t, 0]
-            for k in range(begin, stop):
-                out[i, k] *= a
-            continue
-        a, b, c, d = coefficients[t, 0], coefficients[t, 1], coefficients[t, 2], coefficients[t, 3]
-        for k in range(begin, stop):
-            first, second = out[i, k], out[j, k]
-            out[i, k] = a * first + c * second
-            out[j, k] = b * first + d * second
+                first, second = out[i, k], out[j, k]
+                out[i, k] = a * first + c * second
+                out[j, k] = b * first + d * second
 
 
 @compiled
-def _sum_up(parent, cell, source, eldest, gain, x, begin, stop, out, at):  # type: ignore[no-untyped-def]
-    """Columns begin..stop of x summed at all nodes, into the columns of `out` from `at` on."""
-    width = stop - begin
+def _sum_up(parent, cell, source, eldest, gain, x, begin, stop, out):  # type: ignore[no-untyped-def]
     for v in range(parent.size):
         if cell[v] >= 0:
-            for k in range(width):
-                out[v, at + k] = x[cell[v], begin + k]
+            for k in range(begin, stop):
+                out[v, k] = x[cell[v], k]
         elif source[v] == -1:
-            for k in range(width):
-                out[v, at + k] = 0.0
+            for k in range(begin, stop):
+                out[v, k] = 0.0
         p, g = parent[v], gain[v]
         if p >= 0 and eldest[v]:
-            for k in range(at, at + width):
+            for k in range(begin, stop):
                 out[p, k] = g * out[v, k]
         elif p >= 0:
-            for k in range(at, at + width):
+            for k in range(begin, stop):
                 out[p, k] += g * out[v, k]
 
 
 @compiled
-def _pass_down(parent, cell, gain, noise, field, at, width, out, begin, to_cells):  # type: ignore[no-untyped-def]
+def _pass_down(parent, gain, noise, field, begin, stop):  # type: ignore[no-untyped-def]
     for v in range(parent.size - 1, -1, -1):
         p, g, q = parent[v], gain[v], noise[v]
         if p < 0:
-            for k in range(at, at + width):
+            for k in range(begin, stop):
                 field[v, k] *= q
         else:
-            for k in range(at, at + width):
+            for k in range(begin, stop):
                 field[v, k] = q * field[v, k] + g * field[p, k]
-        if to_cells and cell[v] >= 0:
+
+
+@compiled
+def _times(parent, cell, eldest, inner, gain, noise, x, begin, stop, field, out):  # type: ignore[no-untyped-def]
+    """Up and down at once; `field` has rows for nodes with children only, leaves read x and write `out`."""
+    width = stop - begin
+    for v in range(parent.size):
+        p, g = inner[parent[v]] if parent[v] >= 0 else -1, gain[v]
+        here, at = inner[v], cell[v]
+        if p < 0:
+            continue
+        if here >= 0:
+            if eldest[v]:
+                for k in range(width):
+                    field[p, k] = g * field[here, k]
+            else:
+                for k in range(width):
+                    field[p, k] += g * field[here, k]
+        elif at >= 0:
+            if eldest[v]:
+                for k in range(width):
+                    field[p, k] = g * x[at, begin + k]
+            else:
+                for k in range(width):
+                    field[p, k] += g * x[at, begin + k]
+        elif eldest[v]:
             for k in range(width):
-                out[cell[v], begin + k] = field[v, at + k]
+                field[p, k] = 0.0
+    for v in range(parent.size - 1, -1, -1):
+        p, g, q = inner[parent[v]] if parent[v] >= 0 else -1, gain[v], noise[v]
+        here, at = inner[v], cell[v]
+        if here >= 0 and p >= 0:
+            for k in range(width):
+                field[here, k] = q * field[here, k] + g * field[p, k]
+        elif here >= 0:
+            for k in range(width):
+                field[here, k] *= q
+        elif at >= 0 and p >= 0:
+            for k in range(width):
+                out[at, begin + k] = q * x[at, begin + k] + g * field[p, k]
+        elif at >= 0:
+            for k in range(width):
+                out[at, begin + k] = q * x[at, begin + k]
 
 
 @summing
@@ -478,13 +550,27 @@ def _rotate(plan: TreePlan, coefficients: Tensor, x: Tensor, out: Tensor | None,
     turn, given = Entries(coefficients), Entries(x)
     result = out.detach().numpy()
 
-    def job(s: int, begin: int, stop: int) -> None:
+    def turn_rows(runs: np.ndarray, s: int, begin: int, stop: int) -> None:
         if transposed:
-            _whiten_t(at.rows, turn[s], given[s], result[s], begin, stop, not same)
+            _whiten_t(runs, at.rows, turn[s], given[s], result[s], begin, stop, not same)
         else:
-            _whiten(at.rows, at.fresh, turn[s], given[s], result[s], begin, stop, not same)
+            _whiten(runs, at.rows, at.fresh, turn[s], given[s], result[s], begin, stop, not same)
 
-    _run(job, _blocks(batch, k, _row_width(k)), out.numel())
+    # whole rows stream twice as fast as parts of them, so it is rather the tree that is cut; its rest is cut into columns
+    phases = [
+        lambda: _run(
+            lambda piece, *block: turn_rows(at.pieces[piece : piece + 1], *block),
+            [(piece, *block) for block in _blocks(batch, k, WHOLE_ROW) for piece in range(len(at.pieces))],
+            out.numel(),
+        ),
+        lambda: _run(
+            lambda *block: turn_rows(at.rest, *block),
+            _blocks(batch, k, _row_width(k)),
+            batch * k * int(np.diff(at.rest).sum()),
+        ),
+    ]
+    for phase in reversed(phases) if transposed else phases:
+        phase()
     return out
 
 
@@ -495,7 +581,7 @@ def up_sums(plan: TreePlan, gain: Tensor, x: Tensor) -> Tensor:
     slope, given, result = Entries(gain), Entries(x), out.numpy()
 
     def job(s: int, begin: int, stop: int) -> None:
-        _sum_up(at.parent, at.cell, at.source, at.eldest, slope[s], given[s], begin, stop, result[s], begin)
+        _sum_up(at.parent, at.cell, at.source, at.eldest, slope[s], given[s], begin, stop, result[s])
 
     _run(job, _blocks(batch, k, _row_width(k)), out.numel())
     return out
@@ -509,8 +595,8 @@ def path_sums(plan: TreePlan, gain: Tensor, noise: Tensor, x: Tensor) -> Tensor:
 
     def job(s: int, begin: int, stop: int) -> None:
         own = result[s]
-        _sum_up(at.parent, at.cell, at.source, at.eldest, slope[s], given[s], begin, stop, own, begin)
-        _pass_down(at.parent, at.cell, slope[s], step[s], own, begin, stop - begin, own, 0, False)
+        _sum_up(at.parent, at.cell, at.source, at.eldest, slope[s], given[s], begin, stop, own)
+        _pass_down(at.parent, slope[s], step[s], own, begin, stop)
 
     _run(job, _blocks(batch, k, _row_width(k)), out.numel())
     return out
@@ -519,15 +605,16 @@ def path_sums(plan: TreePlan, gain: Tensor, noise: Tensor, x: Tensor) -> Tensor:
 def tree_times(plan: TreePlan, gain: Tensor, noise: Tensor, x: Tensor) -> Tensor:
     """The field at the cells, (batch, n, k)."""
     at, batch, k = plan.schedule, _batch(gain, noise, x), x.shape[-1]
+    inside = max(1, int(at.inner.max()) + 1)
     out = x.new_empty(batch, plan.n_cells, k)
     slope, step, given, result = Entries(gain), Entries(noise), Entries(x), out.numpy()
 
     def job(s: int, begin: int, stop: int) -> None:
-        field = np.empty((plan.n_nodes, stop - begin), result.dtype)
-        _sum_up(at.parent, at.cell, at.source, at.eldest, slope[s], given[s], begin, stop, field, 0)
-        _pass_down(at.parent, at.cell, slope[s], step[s], field, 0, stop - begin, result[s], begin, True)
+        field = np.empty((inside, stop - begin), result.dtype)
+        topology = at.parent, at.cell, at.eldest, at.inner
+        _times(*topology, slope[s], step[s], given[s], begin, stop, field, result[s])
 
-    _run(job, _blocks(batch, k, _buffer_width(plan.n_nodes, k, x.element_size())), out.numel())
+    _run(job, _blocks(batch, k, _buffer_width(inside, k, x.element_size())), out.numel())
     return out
 
 
