@@ -3,6 +3,7 @@
 KEY = "cellfate"  # default of `key_added`
 TREE = "tree"
 SPATIAL = "spatial"
+CONNECTIVITIES = "spatial_connectivities"  # of obsp, as squidpy calls its neighbor graph
 
 PARAMS = "params"
 COMPONENTS = "components"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from cellfate.errors import DataError
 from cellfate.trees.forest import Forest
@@ -34,6 +35,11 @@ class Cells:
     group_levels: dict[str, tuple[str, ...]]
     kept: np.ndarray  # (n_obs,) bool, rows of the input that are here
     levels: tuple[str, str] | None  # bernoulli: what 0 and 1 stand for
+    slopes: dict[str, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict
+    )  # name -> codes and covariate, each (n,)
+    graph: csr_array | None = None  # (n_obs, n_obs) weights between neighbors, also those that are not kept
+    niche: np.ndarray | None = None  # (n, q) features averaged over the neighbors
 
     def __post_init__(self) -> None:
         n = self.n
@@ -45,11 +51,14 @@ class Cells:
             "leaf": self.leaf,
             "coordinates": self.coordinates,
             "specimen": self.specimen,
+            "niche": self.niche,
         }
         arrays.update({f"groups[{name!r}]": codes for name, codes in self.groups.items()})
-        for field, array in arrays.items():
+        for name, pair in self.slopes.items():
+            arrays |= {f"slopes[{name!r}]": pair[0], f"slopes[{name!r}] (covariate)": pair[1]}
+        for slot, array in arrays.items():
             if array is not None and len(array) != n:
-                raise DataError(f"Cells.{field} has {len(array)} rows for {n} cells. Give one row per cell.")
+                raise DataError(f"Cells.{slot} has {len(array)} rows for {n} cells. Give one row per cell.")
         if self.design.ndim != 2 or self.design.shape[1] != len(self.terms):
             raise DataError(
                 f"Cells.design has shape {self.design.shape} for {len(self.terms)} terms. Give one column per term."
@@ -58,14 +67,18 @@ class Cells:
             raise DataError("Cells.forest and Cells.leaf belong together. Give both or neither.")
         if int(self.kept.sum()) != n:
             raise DataError(f"Cells.kept marks {int(self.kept.sum())} rows for {n} cells. Mark one row per cell.")
+        if self.graph is not None and self.graph.shape != (len(self.kept),) * 2:
+            raise DataError(
+                f"Cells.graph has shape {self.graph.shape} for {len(self.kept)} cells of the input. Give a row and a column of each."
+            )
         if self.group_levels.keys() != self.groups.keys():
             raise DataError("Cells.groups and Cells.group_levels have different names. Give the levels of every group.")
-        for field, codes, levels in [
+        for slot, codes, levels in [
             ("specimen", self.specimen, self.specimens),
             *((f"groups[{name!r}]", self.groups[name], self.group_levels[name]) for name in self.groups),
         ]:
             if n and not (codes.min() >= 0 and codes.max() < len(levels)):
-                raise DataError(f"Cells.{field} has codes outside 0..{len(levels) - 1}. Give one name per code.")
+                raise DataError(f"Cells.{slot} has codes outside 0..{len(levels) - 1}. Give one name per code.")
 
     def __repr__(self) -> str:
         parts = [f"{self.n} cells", f"response {self.response_name!r}"]
@@ -73,9 +86,14 @@ class Cells:
             parts.append(repr(self.forest))
         if self.coordinates is not None:
             parts.append(f"{self.coordinates.shape[1]}-D coordinates")
+        if self.graph is not None:
+            parts.append("a neighbor graph")
+        if self.niche is not None:
+            parts.append(f"a niche of {self.niche.shape[1]} features")
         if self.n_specimens > 1:
             parts.append(f"{self.n_specimens} specimens")
         parts += [f"{len(levels)} levels of {name!r}" for name, levels in self.group_levels.items()]
+        parts += [f"slopes {name!r}" for name in self.slopes]
         return f"Cells({', '.join(parts)})"
 
     @property

@@ -111,8 +111,10 @@ def _add_decompose(commands: Any) -> None:
         "link": "link function of the family",
         "formula": "fixed effects, such as '~ 1 + stage'",
         "lineage-kernel": "brownian, ou, pagel, early_burst or clone",
-        "spatial": "key of .obsm with the coordinates, or 'none'",
-        "spatial-kernel": "matern12, matern32, matern52 or rbf",
+        "spatial": "key of .obsm with the coordinates, for a graph of .obsp, or 'none'",
+        "spatial-kernel": "matern12, matern32, matern52, rbf or graph",
+        "graph": "key of .obsp with the neighbor graph, for --spatial-kernel graph and --niche",
+        "niche": "key of .obsm with features to average over neighbors",
         "library-key": "column of .obs that tells specimens apart",
         "offset": "column of .obs with a known offset on link scale",
         "trials": "for binomial: column of .obs, or a number",
@@ -127,12 +129,14 @@ def _add_decompose(commands: Any) -> None:
     command.add_argument(
         "--lengthscale", type=float, default=ABSENT, help="hold the spatial length-scale at this value"
     )
+    command.add_argument("--rank", type=int, default=ABSENT, help="columns for a spatial field, or modes on a graph")
     command.add_argument(
         "--groups",
         nargs="+",
-        metavar="COLUMN",
+        metavar="COLUMN[=FORMULA]",
         default=ABSENT,
-        help="columns of .obs, random intercepts, or 'none', also for the one of specimens",
+        help="columns of .obs, random intercepts, with slopes as in 'embryo=~ 1 + time'; or 'none', also for the one of "
+        "specimens",
     )
     command.add_argument(
         "--priors",
@@ -204,8 +208,8 @@ def decompose(
         options["trials"] = int(options["trials"])
     if options.get("spatial") == "none":
         options["spatial"] = None
-    if options.get("groups") == ["none"]:
-        options["groups"] = []
+    if "groups" in options:
+        options["groups"] = _groups(options["groups"])
     adata = read(input)
     if out.suffix != input.suffix:
         raise DataError(f"{out} and {input} differ in format: keep {input.suffix}, so that nothing is lost.")
@@ -244,6 +248,19 @@ def _lineage(adata: AnnData, text: str, missing: str) -> str | None:
     if taken:
         logger.info("%s[%r] is left as it is: the tree of %s is %r", taken[0], _keys.TREE, path, key)
     return key
+
+
+def _groups(words: list[str]) -> list[str] | dict[str, str]:
+    """Read ``batch embryo='~ 1 + time'`` as the API takes it: a list of names, or a dict where there are formulas."""
+    if words == ["none"]:
+        return []
+    parts = [word.partition("=") for word in words]
+    if not any(formula.lstrip().startswith("~") for _, _, formula in parts):
+        return words
+    names = [name for name, _, _ in parts]
+    if len(set(names)) < len(names):
+        raise DataError(f"--groups {' '.join(words)}: a column is given twice. Put all of its slopes into one formula.")
+    return {name: formula or "~ 1" for name, _, formula in parts}
 
 
 def _prior(text: str) -> tuple[str, Any]:

@@ -248,6 +248,24 @@ def test_a_tree_from_a_file_stands_beside_the_one_that_is_there(folder, capsys, 
     assert "give --tree tree_tree to use it" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "groups"),
+    [
+        (["none"], []),
+        (["batch", "half"], ["batch", "half"]),
+        (["batch", "embryo=~ 1 + time"], {"batch": "~ 1", "embryo": "~ 1 + time"}),
+        (["odd=name"], ["odd=name"]),
+    ],
+)
+def test_groups_and_their_formulas(words, groups):
+    assert cli._groups(words) == groups
+
+
+def test_a_group_has_one_formula():
+    with pytest.raises(DataError, match="a column is given twice"):
+        cli._groups(["batch=~ 1", "batch=~ 0 + time"])
+
+
 def test_groups_none_and_the_usual_seed(folder, capsys, called):
     code, _, _ = run(folder, START + " --tree {}/tree.nwk --groups none --out {}/out.h5ad", capsys)
     assert code == 0

@@ -59,7 +59,7 @@ def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """What shapes the components, besides their variances, one row each.
 
-    Needs :func:`cellfate.tl.decompose`. Rows are those of `lengthscale_spatial` (units of the coordinates), `alpha_lineage`
+    Needs :func:`cellfate.tl.decompose`. Rows are those of `lengthscale_spatial` (units of the coordinates; hops on a graph), `alpha_lineage`
     (ou, with `half_life_lineage` = ln 2 / alpha, in units of branch length), `lambda_lineage` (pagel), `rate_lineage`
     (early_burst) and `dispersion` (negative_binomial) that the model has; none for some. One that was held has an interval
     of no width.
@@ -132,6 +132,8 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
         Of the log posterior between the points at which it was evaluated, in nats; large means rough intervals.
     `evaluations`
         Points at which the free energy was computed.
+    `rank_spatial`, `truncated_share_spatial`
+        On a graph, how many modes make the field, and what share of its variance, at the length-scale of the mode, the others had.
     `engine`, `engine_reason`, `seconds`
         What solved the Gaussian problems, why it was chosen, and the time of the whole fit.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from cellfate.io.columns import (
 from cellfate.io.design import columns_of, design_matrix, separating
 from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
+from cellfate.io.neighbors import graph_of_field, has_graph, read_graph, read_niche
 from cellfate.io.responses import Response, read_response
 from cellfate.model.checks import check_finite, check_log_offset, find_family
 from cellfate.trees.forest import Forest, examples
@@ -41,8 +43,11 @@ def read_cells(
     lineage: Any = _keys.TREE,
     lineage_kernel: str = "brownian",
     spatial: Any = _keys.SPATIAL,
+    spatial_kernel: str = "matern32",
+    graph: Any = None,
+    niche: Any = None,
     library_key: str | None = None,
-    groups: str | list[str] | None = None,
+    groups: str | list[str] | Mapping[str, str] | None = None,
     offset: Any = None,
     trials: Any = None,
 ) -> Cells:
@@ -54,10 +59,10 @@ def read_cells(
     """
     check_adata(adata)
     kind = _kind(family)
-    if lineage is None and spatial is None and not groups:
+    if lineage is None and spatial is None and niche is None and not groups:
         raise DataError(
-            "lineage, spatial and groups are all None: there is no component to partition the fate into. "
-            "Give at least one."
+            "lineage, spatial and groups are all None, and there is no niche: there is no component to partition the fate "
+            "into. Give at least one."
         )
     names = adata.obs_names.to_numpy().astype(object)
     ancestry = None if lineage is None else find_ancestry(adata, lineage, lineage_kernel)
@@ -80,10 +85,26 @@ def read_cells(
             _check_trees_by_specimen(adata, ancestry, forest, leaf, names, specimen, specimens, library_key)
         if ancestry.clones:
             check_not_one_each(forest.tree[leaf], ancestry.label, kind, family, response)
-    coordinates = (
-        None if spatial is None else _coordinates(adata, spatial, names, kept, specimen, specimens, library_key)
-    )
-    codes, levels = read_groups(adata, groups, fate, kind, family, response, kept)
+    named = graph_of_field(adata, spatial, graph) if spatial_kernel == "graph" and spatial is not None else None
+    if graph is not None and niche is None and named is not graph:
+        raise DataError(
+            "graph was given, but nothing goes by it. Take spatial_kernel='graph' or a niche, or leave it out."
+        )
+    field = None if named is None else read_graph(adata, named, library_key, "spatial_kernel 'graph'")
+
+    def positions(key: Any) -> np.ndarray:
+        return _coordinates(adata, key, names, kept, specimen, specimens, library_key)
+
+    coordinates = None if spatial is None or field is not None else positions(spatial)
+    around = None
+    if niche is not None:
+        near = coordinates
+        if near is None and not has_graph(adata, graph, field) and _keys.SPATIAL in adata.obsm:
+            near = positions(_keys.SPATIAL)
+        around = read_niche(
+            adata, niche, graph, field=field, coordinates=near, specimen=specimen, library_key=library_key, kept=kept
+        )
+    codes, levels, slopes = read_groups(adata, groups, fate, kind, family, response, kept)
     design, terms = _design(adata, formula, fate, response, kept)
     return Cells(
         names=names,
@@ -102,6 +123,9 @@ def read_cells(
         group_levels=levels,
         kept=kept,
         levels=response.levels,
+        slopes=slopes,
+        graph=field,
+        niche=around,
     )
 
 

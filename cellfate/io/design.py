@@ -36,13 +36,20 @@ def columns_of(formula: str) -> list[str]:
 
 
 def design_matrix(formula: str, obs: pd.DataFrame) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Design matrix (n, p) and the names of its columns."""
-    parsed = _parse(formula)
+    """Design matrix (n, p) of full rank and the names of its columns."""
+    design, terms = model_columns(formula, obs, f"formula {formula!r}")
+    check_design(design, terms, obs.index.to_numpy(), f"formula {formula!r}")
+    return design, terms
+
+
+def model_columns(formula: str, obs: pd.DataFrame, label: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Columns (n, p) of a formula, with their names; `label` is what to call it in a message."""
+    parsed = _parse(formula, label)
     covariates = columns_of(formula)
     for name in covariates:
         if name not in obs.columns:
             raise DataError(
-                f"formula {formula!r} names {name!r}, which is no obs column; {instead(name, obs.columns)}. "
+                f"{label} names {name!r}, which is no obs column; {instead(name, obs.columns)}. "
                 f"Add adata.obs[{name!r}] or leave it out."
             )
     frame = pd.DataFrame({name: _covariate(obs[name], name) for name in covariates}, index=obs.index)
@@ -51,13 +58,11 @@ def design_matrix(formula: str, obs: pd.DataFrame) -> tuple[np.ndarray, tuple[st
             matrix = parsed.get_model_matrix(frame, context={}, na_action="ignore")
     except Exception as e:  # formulas evaluate Python, which may raise anything
         raise DataError(
-            f"formula {formula!r} cannot be evaluated: {_plain(e)}. Check its functions and their arguments, or "
+            f"{label} cannot be evaluated: {_plain(e)}. Check its functions and their arguments, or "
             "make the covariate an obs column first."
         ) from e
     terms = tuple(str(term) for term in matrix.columns)
-    design = np.asarray(matrix, dtype=np.float64).reshape(len(obs), len(terms))
-    check_design(design, terms, obs.index.to_numpy(), f"formula {formula!r}")
-    return design, terms
+    return np.asarray(matrix, dtype=np.float64).reshape(len(obs), len(terms)), terms
 
 
 def separating(
@@ -85,44 +90,46 @@ def separating(
     return found
 
 
-def _parse(formula: Any) -> SimpleFormula:
+def _parse(formula: Any, label: str) -> SimpleFormula:
     from formulaic import Formula, SimpleFormula
 
     if not isinstance(formula, str) or not formula.strip():
-        raise DataError(f"formula is {formula!r}, wanted text such as '~ 1' or '~ 1 + stage'.")
-    _refuse_random_effects(formula)
+        what = label.removesuffix(repr(formula)).rstrip(" =")
+        raise DataError(f"{what} is {formula!r}, wanted text such as '~ 1' or '~ 1 + stage'.")
+    _refuse_random_effects(formula, label)
     left, tilde, _ = formula.partition("~")
     if tilde and left.strip():
         raise DataError(
-            f"formula {formula!r} has a left side; the fate is an argument of its own. "
-            f"Write {formula[len(left) :].strip()!r}."
+            f"{label} has a left side; the fate is an argument of its own. Write {formula[len(left) :].strip()!r}."
         )
     try:
         parsed = Formula(formula)
     except Exception as e:
         raise DataError(
-            f"formula {formula!r} cannot be read: {_plain(e)}. Write it like '~ 1 + stage + np.log(size)'; names "
+            f"{label} cannot be read: {_plain(e)}. Write it like '~ 1 + stage + np.log(size)'; names "
             "with blanks or signs go in `backticks`."
         ) from e
     if not isinstance(parsed, SimpleFormula):
-        raise DataError(f"formula {formula!r} has several parts. Grouping factors (random intercepts) go to `groups`.")
+        raise DataError(f"{label} has several parts. Grouping factors (random intercepts) go to `groups`.")
     return parsed
 
 
-def _refuse_random_effects(formula: str) -> None:
-    """`(1 | batch)` is how other packages write what is `groups` here."""
+def _refuse_random_effects(formula: str, label: str) -> None:
+    """`(1 | batch)` and `(1 + time | batch)` are how other packages write what is `groups` here."""
     found = [(left.strip(), right.strip(" `")) for left, right in RANDOM.findall(formula)]
-    slopes = [f"({left} | {right})" for left, right in found if left not in ("1", "1 + 0")]
+    if not found:
+        return
+    slopes = [(left, right) for left, right in found if left not in ("1", "1 + 0")]
     if slopes:
-        raise NotImplementedError(
-            f"formula {formula!r}: random slopes such as {slopes[0]} are not there yet. Random intercepts go to `groups`."
-        )
-    if found:
-        names = [right for _, right in found]
-        raise DataError(
-            f"formula {formula!r} has random intercepts, which are an argument of their own: leave "
-            f"{', '.join(f'(1 | {name})' for name in names)} out and give groups={names!r}."
-        )
+        groups: Any = {right: "~ 1" if left == "1" else f"~ {left}" for left, right in found}
+        what = "random slopes"
+        more = " Intercepts and slopes of `groups` are independent, as behind '||'."
+    else:
+        groups, what, more = [right for _, right in found], "random intercepts", ""
+    shown = ", ".join(f"({left} | {right})" for left, right in found)
+    raise DataError(
+        f"{label} has {what}, which are an argument of their own: leave {shown} out and give groups={groups!r}.{more}"
+    )
 
 
 def _plain(e: Exception) -> str:

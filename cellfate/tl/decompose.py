@@ -13,20 +13,24 @@ from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError, unknown
-from cellfate.inference.fit import GLMM
+from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of
 from cellfate.io.groups import TAKEN
+from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_results
 from cellfate.kernels.base import Component
-from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.graph import Composition, Graph
+from cellfate.kernels.groups import Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
 from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
 from cellfate.trees.forest import Forest
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 FAR = 5.0  # times the extent, or below the distance of neighbors, that a length-scale may be held at
+GRAPH = "graph"  # the spatial kernel that goes by neighbors, not by positions
+COARSE = 0.2  # share of a field's variance that its modes may leave out without a warning
 
 if TYPE_CHECKING:
     import torch
@@ -45,14 +49,17 @@ def decompose(
     spatial: Any = _keys.SPATIAL,
     spatial_kernel: str = "matern32",
     lengthscale: float | None = None,
+    graph: Any = None,
+    niche: Any = None,
     library_key: str | None = None,
-    groups: str | list[str] | None = None,
+    groups: str | list[str] | Mapping[str, str] | None = None,
     offset: Any = None,
     trials: Any = None,
     priors: Mapping[str, object] | None = None,
     reml: bool = True,
     method: str = "variational",
     engine: str = "auto",
+    rank: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float64",
     rng: SeedLike | None = None,
@@ -61,8 +68,8 @@ def decompose(
 ) -> AnnData | None:
     """Partition the variation of a fate into ancestry and neighborhood.
 
-    Fits `g(E[fate]) = offset + x'beta + lineage + spatial + groups` and integrates over what is not known. Needs a tree, see
-    :func:`cellfate.pp.set_tree`, and coordinates in `adata.obsm["spatial"]`.
+    Fits `g(E[fate]) = offset + x'beta + lineage + spatial + niche + groups` and integrates over what is not known. Needs a tree,
+    see :func:`cellfate.pp.set_tree`, and coordinates in `adata.obsm["spatial"]` or a neighbor graph.
 
     Parameters
     ----------
@@ -81,31 +88,45 @@ def decompose(
         ``"pagel"``: internal branches scaled by a lambda that is estimated; ``"early_burst"``: drift slows down at a rate that
         is estimated, for fates decided early and then kept; ``"clone"``: identity of the clone only.
     spatial
-        Key of coordinates (n, 2 or 3) in `adata.obsm`, the coordinates themselves, or None to leave neighborhood out.
+        Key of coordinates (n, 2 or 3) in `adata.obsm`, the coordinates themselves, or None to leave neighborhood out. With
+        `spatial_kernel="graph"` the key of a neighbor graph in `adata.obsp`, or a sparse matrix (n, n) of weights.
     spatial_kernel, lengthscale
-        ``"matern12"``, ``"matern32"``, ``"matern52"`` or ``"rbf"``; the length-scale, in units of the coordinates, is
-        estimated unless it is given.
+        ``"matern12"``, ``"matern32"``, ``"matern52"`` or ``"rbf"`` on the coordinates; ``"graph"`` on the neighbor graph, see
+        :class:`cellfate.kernels.Graph`. The length-scale, in units of the coordinates or in hops, is estimated unless given.
+    graph
+        The neighbor graph: key of `adata.obsp`, or a sparse matrix. For `niche`, and for `spatial_kernel="graph"` where `spatial`
+        does not name one. By default ``"spatial_connectivities"``, which `squidpy.gr.spatial_neighbors` writes.
+    niche
+        Key of `adata.obsm` with features of the cells, such as columns of 0 and 1 for types: their averages over the neighbors of
+        a cell are the component `niche`, see :class:`cellfate.kernels.Composition`. Of more than 100 features, the leading 100
+        principal components. Where there is no graph, neighbors are the 10 nearest cells of the specimen.
     library_key
         Column of `adata.obs` that names the specimen of each cell; each specimen has a spatial field of its own.
     groups
-        Columns of `adata.obs` with a random intercept per level. By default, where `library_key` tells three or more
-        specimens apart and is not in the formula, the specimen: what makes specimens differ as a whole is not neighborhood.
-        One line of the log says so. Give ``[]`` for none.
+        Columns of `adata.obs` with a random intercept per level; or a dict of them with formulas, such as
+        ``{"embryo": "~ 1 + time", "clone": "~ 0 + dose"}``: each column of a formula is a random slope, component
+        `embryo:time`, whose variance is that of the slopes per unit of the covariate. Intercepts and slopes are independent,
+        and so a covariate beside an intercept is centered over the cells; without one it stays as it is, and levels are alike
+        where it is zero. By default, where `library_key` tells three or more specimens apart and is not in the formula, the
+        specimen: what makes specimens differ as a whole is not neighborhood. One line of the log says so. Give ``[]`` for none.
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials
         Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
     priors
-        By name: `sd_lineage`, `sd_spatial`, `sd_<group>`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
+        By name: `sd_lineage`, `sd_spatial`, `sd_niche`, `sd_<group>`, `sd_<group>:<column>`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
         `lambda_lineage`, `rate_lineage`, `dispersion`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
         ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
-        standard deviation on link scale (times the response's own for gaussian).
+        standard deviation on link scale (times the response's own for gaussian), for slopes per root mean square of the covariate.
     reml
         Integrate the fixed effects out under a wide prior; otherwise maximize over them.
     method
         ``"variational"`` (corrected, default), ``"laplace"`` or ``"ep"``.
-    engine, device, dtype
-        ``"auto"`` or ``"dense"``; ``"auto"``, ``"cpu"`` or ``"cuda"``; ``"float64"`` or ``"float32"``.
+    engine, rank
+        ``"auto"``, ``"dense"`` (exact) or ``"structured"`` (linear in the cells: exact along the tree, a spatial field by `rank`
+        columns, as many as it needs by default). A field on a graph has `rank` modes in every engine.
+    device, dtype
+        ``"auto"``, ``"cpu"`` or ``"cuda"``; ``"float64"`` or ``"float32"``.
     rng
         Seed of the integration over hyperparameters.
     key_added
@@ -136,7 +157,15 @@ def decompose(
     >>> list(cf.get.components(adata)["component"])
     ['lineage', 'spatial', 'residual']
     """
-    model = {"engine": engine, "device": device, "dtype": dtype, "method": method, "reml": reml, "priors": priors}
+    model = {
+        "engine": engine,
+        "rank": rank,
+        "device": device,
+        "dtype": dtype,
+        "method": method,
+        "reml": reml,
+        "priors": priors,
+    }
     _check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)
     check_free(adata, key_added)
@@ -148,18 +177,22 @@ def decompose(
         lineage=lineage,
         lineage_kernel=lineage_kernel,
         spatial=spatial,
+        spatial_kernel=spatial_kernel,
+        graph=graph,
+        niche=niche,
         library_key=library_key,
         groups=groups,
         offset=offset,
         trials=trials,
     )
     cells = _with_specimens(cells, groups, formula, lineage_kernel, library_key)
-    components = _components(cells, lineage_kernel, spatial_kernel, lengthscale)
+    components = _components(cells, lineage_kernel, spatial_kernel, lengthscale, rank)
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
     logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
     fit = glmm.fit(
         cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=fate, rng=rng
     )
+    fit = _with_truncation(fit, components)
     adata = adata.copy() if copy else adata
     params = {
         "fate": fate,
@@ -168,11 +201,14 @@ def decompose(
         "formula": formula,
         "lineage": _named(lineage),
         "lineage_kernel": lineage_kernel if lineage is not None else None,
-        "spatial": _named(spatial),
+        "spatial": _named(graph_of_field(adata, spatial, graph) if cells.graph is not None else spatial),
         "spatial_kernel": spatial_kernel if spatial is not None else None,
         "lengthscale": lengthscale,
+        "graph": _named(graph),
+        "niche": _named(niche),
         "library_key": library_key,
         "groups": list(cells.groups),
+        "slopes": list(cells.slopes),
         "levels": cells.levels,
         "n_cells": len(cells.names),
         "n_specimens": len(cells.specimens),
@@ -189,7 +225,8 @@ def _with_specimens(cells: Cells, groups: Any, formula: str, lineage_kernel: str
     A field of its own can also carry the mean of a specimen, as a length-scale beyond its extent: a difference between
     founders, stages or stainings would then be called neighborhood.
     """
-    if groups is not None or library_key is None or cells.coordinates is None or cells.n_specimens < FEWEST_SPECIMENS:
+    nowhere = cells.coordinates is None and cells.graph is None
+    if groups is not None or library_key is None or nowhere or cells.n_specimens < FEWEST_SPECIMENS:
         return cells
     clones = lineage_kernel == "clone" and cells.forest is not None
     if (
@@ -215,21 +252,23 @@ def _same_split(one: np.ndarray, other: np.ndarray) -> bool:
 def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> None:
     for argument, name, known in (
         ("lineage_kernel", lineage_kernel, LINEAGE_KERNELS),
-        ("spatial_kernel", spatial_kernel, SPATIAL_KERNELS),
+        ("spatial_kernel", spatial_kernel, (*SPATIAL_KERNELS, GRAPH)),
     ):
         if name not in known:
-            if name in ("graph", "composition"):
-                raise NotImplementedError(
-                    f"spatial_kernel {name!r} is not there yet; use a kernel of positions, 'matern32'."
+            if name == "composition":
+                raise DataError(
+                    "spatial_kernel 'composition' is a component of its own: give niche='<key of obsm>' beside a field."
                 )
             raise unknown(argument, name, known)
     if lengthscale is not None and not (
         isinstance(lengthscale, int | float | np.number) and np.isfinite(lengthscale) and lengthscale > 0
     ):
-        raise DataError(f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates.")
+        raise DataError(
+            f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates, or hops."
+        )
 
 
-def _warn_of_lengthscale(kernel: SpatialKernel) -> None:
+def _warn_of_lengthscale(kernel: SpatialKernel | Graph) -> None:
     """A length-scale that is held where positions cannot show it, most often for its units."""
     if kernel.lengthscale is None:
         return
@@ -265,17 +304,43 @@ def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
     )
 
 
-def _components(cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> list[Component]:
+def _components(
+    cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None, rank: int | None
+) -> list[Component]:
     out = []
     if cells.forest is not None and cells.leaf is not None:
         _warn_of_star(cells.forest, lineage_kernel)
         out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
-    if cells.coordinates is not None:
-        kernel = SPATIAL_KERNELS[spatial_kernel](cells.coordinates, cells.specimen, lengthscale)
-        _warn_of_lengthscale(kernel)
-        out.append(Component("spatial", kernel))
+    field: SpatialKernel | Graph | None = None
+    if cells.graph is not None:
+        rows = None if cells.kept.all() else np.flatnonzero(cells.kept)
+        field = Graph(cells.graph, rank=rank, lengthscale=lengthscale, cells=rows)
+    elif cells.coordinates is not None:
+        field = SPATIAL_KERNELS[spatial_kernel](cells.coordinates, cells.specimen, lengthscale)
+    if field is not None:
+        _warn_of_lengthscale(field)
+        out.append(Component("spatial", field))
+    if cells.niche is not None:
+        out.append(Component("niche", Composition(cells.niche)))
     out += [Component(name, Intercepts(codes)) for name, codes in cells.groups.items()]
+    out += [Component(name, Slopes(codes, x)) for name, (codes, x) in cells.slopes.items()]
     return out
+
+
+def _with_truncation(fit: GLMMFit, components: list[Component]) -> GLMMFit:
+    """The fit with a note of what the modes of a graph leave out, at the length-scale of the mode."""
+    for name, kernel in ((c.name, c.kernel) for c in components):
+        if isinstance(kernel, Graph):
+            rank, share = len(kernel.modes.values), kernel.truncated(fit.mode[f"lengthscale_{name}"])
+            fit = replace(fit, diagnostics=fit.diagnostics | {f"rank_{name}": rank, f"truncated_share_{name}": share})
+            if share > COARSE:
+                warnings.warn(
+                    f"component {name!r}: {rank} modes of the graph leave out {share:.0%} of the variance that a field of this "
+                    "length-scale has among these cells, its finest detail: what is estimated is the smoother rest. Give a larger `rank` for more.",
+                    CellfateWarning,
+                    stacklevel=3,
+                )
+    return fit
 
 
 def _named(value: Any) -> str | None:

@@ -8,6 +8,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from cellfate import DataError
 from cellfate.io.anndata import read_cells
@@ -54,6 +55,27 @@ def uns(key, value):
     return change
 
 
+def ring(adata, key="spatial_connectivities", weight=1.0):
+    """Each cell beside the next."""
+    w = sparse.csr_array(weight * (np.roll(np.eye(adata.n_obs), 1, 0) + np.roll(np.eye(adata.n_obs), -1, 0)))
+    adata.obsp[key] = w
+
+
+def some_weight(value):
+    def change(adata):
+        ring(adata)
+        adata.obsp["spatial_connectivities"].data[:3] = value
+
+    return change
+
+
+def obsm(key, value):
+    def change(adata):
+        adata.obsm[key] = np.array(value)
+
+    return change
+
+
 def chain(*changes):
     def change(adata):
         for one in changes:
@@ -84,6 +106,8 @@ POISSON = {"fate": "count", "family": "poisson"}
 BINOMIAL = {"fate": "edited", "family": "binomial", "trials": "sites"}
 BY_HALF = {"lineage": "trees", "library_key": "half"}
 TWO_TREES = uns("trees", trees())
+GRAPH = {"spatial_kernel": "graph"}
+TYPES = np.eye(4)[np.random.default_rng(0).integers(4, size=N)]
 
 # fmt: off
 READ = [
@@ -267,7 +291,64 @@ READ = [
      ["group obs['plate'] and obs['batch'] split the cells in the same way"]),
     ("group called lineage", obs("lineage", [1, 2] * (N // 2)), {"groups": "lineage"},
      ["has the name of another component"]),
-    ("groups is a number", nothing, {"groups": 3}, ["groups is of type int, wanted the name"]),
+    ("groups is a number", nothing, {"groups": 3}, ["groups is of type int, wanted the name", "dict of formulas"]),
+    ("group called niche", obs("niche", [1, 2] * (N // 2)), {"groups": "niche"},
+     ["has the name of another component"]),
+    # slopes
+    ("slopes of no column", nothing, {"groups": {"batch": "~ 1 + tme"}},
+     ["groups['batch'] = '~ 1 + tme' names 'tme', which is no obs column; similar: 'time'"]),
+    ("slopes in no group", nothing, {"groups": {"btch": "~ 1 + time"}}, ["no obs column 'btch'; similar: 'batch'"]),
+    ("NaN slope covariate", obs("time", np.nan, [0, 2]), {"groups": {"batch": "~ 1 + time"}},
+     ["covariate obs['time'] is NaN in 2 of 24 cells: 'c0', 'c2'"]),
+    ("infinite slope covariate", obs("time", 0.0, [0]), {"groups": {"batch": "~ 1 + np.log(np.abs(time))"}},
+     ["groups['batch'] = ", "is infinite in 1 of 24 cells: 'c0'"]),
+    ("constant slope covariate", obs("time", 2.0), {"groups": {"batch": "~ 1 + time"}},
+     ["groups['batch'] = '~ 1 + time': column 'time' is 2 in all 24 cells", "varies"]),
+    ("slopes called as a group", derived("batch:time", lambda obs: obs["batch"] % 2),
+     {"groups": {"batch": "~ 1 + time", "batch:time": "~ 1"}}, ["two components would be called 'batch:time'", "Rename"]),
+    ("a group called as slopes", derived("batch:time", lambda obs: obs["batch"] % 2),
+     {"groups": {"batch:time": "~ 1", "batch": "~ 0 + time"}}, ["two components would be called 'batch:time'"]),
+    ("same slopes", derived("hours", lambda obs: 24 * obs["time"] + 3), {"groups": {"batch": "~ 1 + time + hours"}},
+     ["slopes 'batch:hours' and slopes 'batch:time' follow one covariate, up to its unit", "leave one out"]),
+    ("slopes of nothing", nothing, {"groups": {"batch": "~ 0"}}, ["groups['batch'] = '~ 0' has no term"]),
+    ("correlated slopes", nothing, {"groups": {"batch": "~ 1 + time | batch"}},
+     ["has a '|'", "independent", "'~ 1 + time'"]),
+    ("slopes without a formula", nothing, {"groups": {"batch": 3}}, ["groups['batch'] is 3, wanted text"]),
+    ("slopes of the fate", nothing, {"fate": "on", "groups": {"batch": "~ 1 + on"}}, ["has the fate 'on'"]),
+    ("slopes of a reserved name", obs("spatial", [1, 2] * (N // 2)), {"groups": {"spatial": "~ 0 + time"}},
+     ["has the name of another component"]),
+    # neighbor graphs
+    ("no graph", nothing, GRAPH,
+     ["no neighbor graph obsp['spatial_connectivities']; it is empty", "squidpy.gr.spatial_neighbors", "'matern32'"]),
+    ("no such graph", ring, GRAPH | {"spatial": "spatial_conectivities"}, ["similar: 'spatial_connectivities'"]),
+    ("graph of distances", lambda a: ring(a, "spatial_distances"), GRAPH | {"spatial": "spatial_distances"},
+     ["neighbor graph obsp['spatial_distances'] holds distances", "connectivities"]),
+    ("graph of others", nothing, GRAPH | {"spatial": sparse.eye_array(5)},
+     ["neighbor graph is of shape (5, 5), wanted (24, 24)"]),
+    ("graph a number", nothing, GRAPH | {"spatial": 3}, ["of type int, wanted (24, 24)"]),
+    ("negative weights", some_weight(-1), GRAPH, ["obsp['spatial_connectivities'] is negative in 3 of 48 entries"]),
+    ("NaN weights", some_weight(np.nan), GRAPH, ["is NaN or infinite in 3 of 48 entries"]),
+    ("nobody has a neighbor", nothing, GRAPH | {"graph": sparse.eye_array(N)},
+     ["neighbor graph has no edge between two of its 24 cells"]),
+    ("neighbors in two specimens", ring, GRAPH | {"library_key": "half"},
+     ["has 2 edges between cells of different specimens of obs['half']: 'c0 and c23', 'c11 and c12'",
+      "library_key='half'"]),
+    ("graph for nothing", ring, {"graph": "spatial_connectivities"}, ["graph was given, but nothing goes by it"]),
+    # the niche
+    ("no niche", nothing, {"niche": "typs"}, ["niche: there is no obsm['typs']", "pd.get_dummies"]),
+    ("niche a vector", nothing, {"niche": np.arange(N)}, ["niche has shape (24,)"]),
+    ("niche of text", obsm("types", [["a"]] * N), {"niche": "types"},
+     ["niche obsm['types'] holds no numbers but text", "0 and 1"]),
+    ("NaN niche", obsm("types", np.where(np.arange(N)[:, None] == 3, np.nan, TYPES)), {"niche": "types"},
+     ["niche obsm['types'] is NaN in 1 of 24 cells: 'c3'"]),
+    ("NaN in a sparse niche", nothing, {"niche": sparse.csr_array(np.where(np.eye(N, 2) > 0, np.nan, 0))},
+     ["niche is NaN or infinite in 2 of 24 cells: 'c0', 'c1'"]),
+    ("niche the same everywhere", obsm("types", np.ones((N, 2))), {"niche": "types"},
+     ["none of its 2 columns differs between the neighborhoods of 24 cells"]),
+    ("niche of nobody", lambda a: (obsm("types", TYPES)(a), a.obsm.pop("spatial")), {"niche": "types", "spatial": None},
+     ["neither a neighbor graph obsp['spatial_connectivities'] nor coordinates"]),
+    ("niche by no graph", obsm("types", TYPES), {"niche": "types", "graph": "delaunay"},
+     ["graph: there is no neighbor graph obsp['delaunay']"]),
 ]
 # fmt: on
 
@@ -356,7 +437,6 @@ def test_wrong_tree_is_named(change, tree, arguments, pieces):
     ({"family": "beta"}, "logit"),
     ({"fate": ["fate", "on"]}, "several fates at once.*Loop over them"),
     ({"fate": "spatial"}, "a matrix in obsm"),
-    ({"groups": {"batch": "time"}}, "random slopes are not there yet"),
 ], ids=str)  # fmt: skip
 def test_what_is_not_there_yet_says_what_to_do_instead(arguments, text):
     with pytest.raises(NotImplementedError, match=text):

@@ -90,6 +90,12 @@ def test_a_reserved_name_and_clones_are_skipped(components):
         ({"formula": None, "library_key": "half"}, "formula is None"),
         ({"formula": "~ 1 + (1|batch)"}, r"has random intercepts.*give groups=\['batch'\]"),
         ({"formula": "~ 1 + (1 | batch) + (1|half)"}, r"groups=\['batch', 'half'\]"),
+        (
+            {"formula": "~ 1 + (1|half) + (1 + time | batch)"},
+            r"groups=\{'half': '~ 1', 'batch': '~ 1 \+ time'\}.*as behind '\|\|'",
+        ),
+        ({"spatial_kernel": "composition"}, "give niche="),
+        ({"spatial_kernel": "grph"}, "unknown spatial_kernel 'grph'; did you mean 'graph'"),
         ({"lineage_kernel": "browniam"}, "unknown lineage_kernel 'browniam'; did you mean 'brownian'"),
         ({"spatial_kernel": "matern23"}, "unknown spatial_kernel 'matern23'; did you mean 'matern"),
         ({"family": "poison"}, "unknown family 'poison'; did you mean 'poisson'"),
@@ -99,11 +105,6 @@ def test_a_reserved_name_and_clones_are_skipped(components):
 def test_what_cannot_be_meant_is_said_at_the_door(arguments, text):
     with pytest.raises(DataError, match=text):
         cf.tl.decompose(embryo(), **BERNOULLI | arguments)
-
-
-def test_random_slopes_are_not_there_yet():
-    with pytest.raises(NotImplementedError, match=r"random slopes such as \(time \| batch\)"):
-        cf.tl.decompose(embryo(), **BERNOULLI, formula="~ 1 + (time | batch)")
 
 
 @pytest.mark.parametrize(
