@@ -8,8 +8,9 @@ responses).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,13 @@ class Posterior(ABC):
     variance: Tensor  # (..., n), the diagonal of Sigma
     weights: Tensor  # (..., n), K^-1 mean
     log_det: Tensor  # (...,), log|I + T^1/2 K T^1/2|
+
+    def noted(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was worked out from this posterior before under a name, or `make()`, kept as long as the posterior."""
+        notes: dict[str, Any] = self.__dict__.setdefault("_notes", {})
+        if name not in notes:
+            notes[name] = make()
+        return notes[name]
 
     @abstractmethod
     def smooth(self, x: Tensor) -> Tensor:

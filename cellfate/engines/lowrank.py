@@ -21,7 +21,7 @@ from cellfate.engines.base import Posterior, Sites
 
 UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
 COLUMNS, ROWS = 64, 4096  # taken at a time where a matrix as large as the columns would be made
-ESTIMATE, PROBES = 30_000, 8  # cells from which on products with squares are estimated, and by how many random vectors
+ESTIMATE, PROBES = 2_000, 8  # cells from which on products with squares are estimated, and by how many random vectors
 
 
 class LowRankPosterior(Posterior):

@@ -26,7 +26,7 @@ from cellfate.places.basis import FieldBasis, field_basis
 from cellfate.trees.plan import TreePlan
 from cellfate.trees.sweeps import path_sums, up_sums
 
-PILOT_RANK = 192  # of a field in a first fit, over all length-scales that the data bound
+PILOT_RANK = 128  # of a field in a first fit, over all length-scales that the data bound
 EXPECTED_RANK = 512
 REACH = 2.0  # beyond the bounds of a length-scale, where the search may go
 

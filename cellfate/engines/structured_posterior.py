@@ -180,9 +180,10 @@ class StructuredPosterior(LowRankPosterior):
         """See :meth:`Posterior.surrogate`: the derivatives in steps, own variances and spectra, times what is live of them."""
         live = {term.name: self.engine.part(term) for term in terms}
         columns = any(part.spectrum is not None and part.spectrum.requires_grad for part in live.values())
-        node_bar, gain_bar, own_bar = self._bars(pair, omega)
+        weighted = None if omega is None else self._weighted_gram(self.sites.precision.square() * omega)
+        node_bar, gain_bar, own_bar = self._bars(pair, omega, weighted)
         total = self.mean.new_zeros(self.mean.shape[:-1])
-        spectrum_bar = self._spectrum_bar(pair, omega) if columns else None
+        spectrum_bar = self._spectrum_bar(pair, weighted) if columns else None
         for name, part in live.items():
             if part.walk is not None:
                 total = total + (node_bar * part.walk.noise).sum(-1)
@@ -198,7 +199,9 @@ class StructuredPosterior(LowRankPosterior):
                     total = total + (bar * part.spectrum).sum((-2, -1))
         return total
 
-    def _bars(self, pair: Tensor | None, omega: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _bars(
+        self, pair: Tensor | None, omega: Tensor | None, weighted: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Derivatives in noise and gain of every branch (..., nodes), and in own variances (..., n).
 
         A branch e with the cells below it, g_e weighted by gains, enters A as noise_e g_e g_e', and its gain as g_e k_p' + k_p g_e'
@@ -226,7 +229,7 @@ class StructuredPosterior(LowRankPosterior):
                 node = node + walk.below(pair[..., None])[..., 0] * once
             if walk.gain is not None:
                 gain = self._gain_bar(walk, marginals, slopes, pair)
-        for v, x in self._low_rank_pairs(omega):
+        for v, x in self._low_rank_pairs(omega, weighted):
             own = own + (v * x).sum(-1)
             if walk is not None:
                 node = node + walk.paired(v, x)
@@ -247,12 +250,10 @@ class StructuredPosterior(LowRankPosterior):
             bar = bar + (walk.below(p) * walk.above(b) + walk.below(b) * walk.above(p))[..., 0]
         return torch.where(walk.plan.parent < 0, 0.0, bar)
 
-    def _low_rank_pairs(self, omega: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _low_rank_pairs(self, omega: Tensor | None, weighted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of columns (V, X) with -tr(R dA)/2 + tr(R Omega R dA) = (what R_A gives) + sum of v_k' dA x_k."""
         tau = self._tau
-        gram = None
-        if omega is not None:
-            gram = self._p.mT @ self._weighted_gram(self.sites.precision.square() * omega) @ self._p
+        gram = None if weighted is None else self._p.mT @ weighted @ self._p
         for block, e in self._e():
             v = tau * e
             if gram is None:
@@ -262,15 +263,15 @@ class StructuredPosterior(LowRankPosterior):
             j = self._part_residual(omega[..., None] * v) - 0.5 * tau * (self._y @ (self._p @ gram[..., block]))
             yield v, 0.5 * v - 2 * j
 
-    def _spectrum_bar(self, pair: Tensor | None, omega: Tensor | None) -> Tensor:
+    def _spectrum_bar(self, pair: Tensor | None, weighted: Tensor | None) -> Tensor:
         """Derivative (..., m, m) in the spectrum of the columns."""
         zb = self._z.mT @ self.weights[..., None]
         back = torch.eye(self._z.shape[-1], dtype=zb.dtype, device=zb.device) - self._p @ (self._p.mT @ self._gram)
         bar = 0.5 * zb @ zb.mT - 0.5 * self._gram @ back
         if pair is not None:
             bar = bar + (self._z.mT @ pair[..., None]) @ zb.mT
-        if omega is not None:
-            bar = bar + back.mT @ self._weighted_gram(self.sites.precision.square() * omega) @ back
+        if weighted is not None:
+            bar = bar + back.mT @ weighted @ back
         return bar
 
     # -- components ----------------------------------------------------------------------------------------------------

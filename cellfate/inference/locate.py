@@ -15,8 +15,8 @@ from cellfate.inference.mode import Mode, find_mode
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
-PILOT = 3000  # cells of the pilot fit
-STAGE = 20_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
+PILOT = 2000  # cells of the pilot fit
+STAGE = 12_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
 WITHIN = 3.0  # sds of the pilot's log length-scale to either side of its mode
 NARROWEST = 0.4  # e-folds to either side
 ATTEMPTS = 3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellfate.engines.base import Posterior, Sites
 from cellfate.inference.krylov import gmres
-from cellfate.model.families import Expectation, Family, Outcome, quadrature
+from cellfate.model.families import Expectation, Family, Outcome, Remainder, quadrature
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Likelihood:
 
     def correction(self, mean: Tensor, variance: Tensor) -> Tensor:
         return self.family.correction(self.outcome, mean + self.shift, variance, self.phi)
+
+    def remainder(self, mean: Tensor, variance: Tensor) -> Remainder:
+        return self.family.remainder(self.outcome, mean + self.shift, variance, self.phi)
+
+    @property
+    def live(self) -> bool:
+        """Whether a derivative in its own parameters is wanted."""
+        return self.shift.requires_grad or (self.phi is not None and self.phi.requires_grad)
 
     def at(self, mean: Tensor) -> Expectation:
         return self.family.at(self.outcome, mean + self.shift, self.phi)
@@ -133,37 +141,43 @@ class Variational(Rule):
     name = "variational"
 
     def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
-        e = likelihood.expect(posterior.mean, posterior.variance)
+        e = self._expectation(likelihood, posterior)
         return Update(_sites(e, posterior.mean), e.value.sum(-1) - divergence(posterior))
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
-        e = likelihood.expect(posterior.mean, posterior.variance)
-        correction = likelihood.correction(posterior.mean, posterior.variance)
-        return (e.value + correction).sum(-1) - divergence(posterior)
+        correction = self._remainder(likelihood, posterior).correction
+        return self._expectation(likelihood, posterior).value.sum(-1) + correction.sum(-1) - divergence(posterior)
 
     def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
-        slopes = _correction_slopes(likelihood, posterior)
-        if slopes is None:
-            return mean_step.new_zeros(mean_step.shape[:-1])
-        return (slopes[0] * mean_step + slopes[1] * variance_step).sum(-1)
+        rest = self._remainder(likelihood, posterior)
+        return (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
+
+    @staticmethod
+    def _expectation(likelihood: Likelihood, posterior: Posterior) -> Expectation:
+        held = likelihood.detach()
+        return posterior.noted("expectation", lambda: held.expect(posterior.mean, posterior.variance))
+
+    @staticmethod
+    def _remainder(likelihood: Likelihood, posterior: Posterior) -> Remainder:
+        held = likelihood.detach()
+        return posterior.noted("remainder", lambda: held.remainder(posterior.mean, posterior.variance))
 
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        slopes = _correction_slopes(likelihood, posterior)
-        if slopes is None:
+        if likelihood.family.quadratic:  # the bound is exact
             return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
-        c_m, c_v = slopes
-        m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
-        with torch.enable_grad():
-            t_m, t_v = torch.autograd.grad(likelihood.detach().expect(m, v).precision.sum(), (m, v))
-        third, fourth = -t_m, -2 * t_v  # E f''', E f''''
-        lambda_m, lambda_v = _adjoint(posterior, third, fourth, c_m, c_v, accuracy)
-        slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
-        precision_weight = posterior.smooth_squared(lambda_v[..., None])[..., 0]
-        live = likelihood.expect(posterior.mean, posterior.variance)
-        part = live.value + likelihood.correction(posterior.mean, posterior.variance)
-        part = part + slope_weight * live.slope - precision_weight * live.precision
+        rest = self._remainder(likelihood, posterior)
+        lambda_m, lambda_v = _adjoint(
+            posterior, rest.third, rest.fourth, rest.slope_mean, rest.slope_variance, accuracy
+        )
+        part = torch.zeros_like(posterior.mean)
+        if likelihood.live:
+            slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
+            precision_weight = posterior.smooth_squared(lambda_v[..., None])[..., 0]
+            live = likelihood.expect(posterior.mean, posterior.variance)
+            part = live.value + likelihood.correction(posterior.mean, posterior.variance)
+            part = part + slope_weight * live.slope - precision_weight * live.precision
         tau = posterior.sites.precision
         seen = tau > 1e-12
         omega = torch.where(seen, lambda_v / torch.where(seen, tau, torch.ones_like(tau)).square(), 0.0)
@@ -232,17 +246,6 @@ def divergence(posterior: Posterior) -> Tensor:
     """KL(q || prior) (points,), for any sites."""
     information = (posterior.sites.precision * posterior.variance).sum(-1)
     return 0.5 * (posterior.log_det - information + (posterior.mean * posterior.weights).sum(-1))
-
-
-def _correction_slopes(likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor] | None:
-    """Derivatives of the correction in means and variances, each (points, n); None where the bound is exact."""
-    m, v = (x.detach().requires_grad_(True) for x in (posterior.mean, posterior.variance))
-    with torch.enable_grad():
-        correction = likelihood.detach().correction(m, v)
-        if not correction.requires_grad:
-            return None
-        c_m, c_v = torch.autograd.grad(correction.sum(), (m, v))
-    return c_m, c_v
 
 
 def _through_prior(posterior: Posterior, x: Tensor) -> Tensor:

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.model.links import BINARY_LINKS, BinaryLink
+from cellfate.model.links import BINARY_LINKS, BinaryLink, SymmetricLink
 
 QUADRATURE_NODES = 40
-WIDE_VARIANCE, WIDE_NODES = 9.0, 200  # above this posterior variance a logistic step is narrow between 40 nodes
+# posterior variance up to which a number of nodes is enough: a logistic step is the narrower between them the wider they spread
+NODES = ((0.5, 28), (9.0, QUADRATURE_NODES), (math.inf, 200))
+CHUNK = 2**13  # cells at once, so that what is known at their nodes stays in the cache
+SMALLEST_DIVISOR = 1e-4  # of a standard deviation
 SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivative of sqrt(variance) finite
 
 
@@ -41,6 +44,17 @@ class Expectation:
     value: Tensor  # E f
     slope: Tensor  # E f'
     precision: Tensor  # -E f''
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """What of `f = log p(y | eta)` a quadratic does not hold, cell by cell, each (..., n)."""
+
+    correction: Tensor  # see `Family.correction`
+    slope_mean: Tensor  # its derivative in the mean
+    slope_variance: Tensor  # and in the variance
+    third: Tensor  # expectation of the third derivative of f
+    fourth: Tensor  # and of the fourth
 
 
 @lru_cache
@@ -67,6 +81,7 @@ class Family(ABC):
     links: ClassVar[tuple[str, ...]]
     parameter: ClassVar[str | None] = None  # the natural name of `phi`
     kind: ClassVar[str]  # what a response has to be: real, binary, successes, count
+    quadratic: ClassVar[bool] = False  # whether the log-density is, so that a Gaussian absorbs it all
 
     def __init__(self, link: str | None = None) -> None:
         link = self.links[0] if link is None else link
@@ -132,6 +147,32 @@ class Family(ABC):
 
         return self._integrate(log_mean_exp, outcome, mean, variance, phi)[0]
 
+    def remainder(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Remainder:
+        """:meth:`correction` with its derivatives, and the higher derivatives of the expectation of `f`.
+
+        Those follow from the second by Stein's identity, E f(3) = E[f(2) z] / sd and E f(4) = E[f(2) (z^2 - 1)] / v.
+        """
+
+        def reduce(x: Tensor, w: Tensor, sd: Tensor, f: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, ...]:
+            bend = x.square() - 1
+            shapes = torch.stack([x, bend], -1)
+            sd, divisor = sd[..., 0], sd[..., 0].clamp(min=SMALLEST_DIVISOR)
+            v = sd.square()
+            f0, f1, f2 = f @ w, d1 @ w, d2 @ w
+            f3, f4 = ((d2 * w) @ shapes).unbind(-1)
+            f3, f4 = f3 / divisor, f4 / divisor.square()
+            r = f - f0[..., None] - (sd * f1)[..., None] * x - (0.5 * v * f2)[..., None] * bend
+            correction = torch.logsumexp(torch.log(w) + r, -1)
+            p = torch.exp(torch.log(w) + r - correction[..., None])
+            first, second = (p @ shapes).unbind(-1)
+            tilted = p * d1
+            in_mean = tilted.sum(-1) - f1 - sd * f2 * first - 0.5 * v * f3 * second
+            in_variance = 0.5 * (tilted @ x - f1 * first) / divisor - 0.5 * f2 * (1 + second)
+            in_variance = in_variance - 0.5 * sd * f3 * first - 0.25 * v * f4 * second
+            return correction, in_mean, in_variance, f3, f4
+
+        return Remainder(*self._integrate(reduce, outcome, mean, variance, phi))
+
     def _integrate(
         self,
         reduce: Callable[..., tuple[Tensor, ...]],
@@ -141,17 +182,23 @@ class Family(ABC):
         phi: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """`reduce` over quadrature nodes of each cell, with more nodes for the cells whose posterior is wide."""
-        found = reduce(*self._at_nodes(outcome, mean, variance, phi, QUADRATURE_NODES))
-        wide = variance.detach().expand_as(mean) > WIDE_VARIANCE
-        if not bool(wide.any()):
-            return found
 
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.expand_as(mean)[wide]
+        def flat(x: Tensor) -> Tensor:
+            return x.expand_as(mean).reshape(-1)
 
-        seen = Outcome(outcome.y.expand_as(mean)[wide], of(outcome.trials))
-        more = reduce(*self._at_nodes(seen, mean[wide], variance.expand_as(mean)[wide], of(phi), WIDE_NODES))
-        return tuple(a.masked_scatter(wide, b) for a, b in zip(found, more, strict=True))
+        y, m, v = flat(outcome.y), mean.reshape(-1), flat(variance)
+        trials = None if outcome.trials is None else flat(outcome.trials)
+        own = None if phi is None else flat(phi)
+        order = torch.bucketize(v.detach(), torch.tensor([upper for upper, _ in NODES], dtype=v.dtype, device=v.device))
+        cells, parts = [], []
+        for which, (_, nodes) in enumerate(NODES):
+            last = which == len(NODES) - 1  # what is not a number is there too
+            for i in torch.nonzero((order == which) | (last & (order > which)))[:, 0].split(CHUNK):
+                seen = Outcome(y[i], None if trials is None else trials[i])
+                parts.append(reduce(*self._at_nodes(seen, m[i], v[i], None if own is None else own[i], nodes)))
+                cells.append(i)
+        back = torch.argsort(torch.cat(cells))
+        return tuple(torch.cat(of)[back].reshape(mean.shape) for of in zip(*parts, strict=True))
 
     def _at_nodes(
         self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None, nodes: int
@@ -173,7 +220,7 @@ class Family(ABC):
 class Gaussian(Family):
     """`y ~ N(eta, phi)`; `phi` is the residual variance."""
 
-    name, links, kind, parameter = "gaussian", ("identity",), "real", "variance_residual"
+    name, links, kind, parameter, quadratic = "gaussian", ("identity",), "real", "variance_residual", True
 
     def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None
@@ -189,6 +236,9 @@ class Gaussian(Family):
 
     def correction(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Tensor:
         return torch.zeros_like(mean)
+
+    def remainder(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Remainder:
+        return Remainder(*(torch.zeros_like(mean) for _ in range(5)))
 
     def start(self, outcome: Outcome) -> Tensor:
         return outcome.y
@@ -249,6 +299,18 @@ class Bernoulli(Binomial):
 
     def _trials(self, outcome: Outcome) -> Tensor:
         return torch.ones_like(outcome.y)
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        if not isinstance(self._link, SymmetricLink):
+            return super().log_prob(outcome, eta, phi)
+        return self._link.log_success((2 * outcome.y - 1) * eta)
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not isinstance(self._link, SymmetricLink):
+            return super().derivatives(outcome, eta, phi)
+        sign = 2 * outcome.y - 1
+        first, second = self._link.derivatives(sign * eta)
+        return sign * first, second
 
 
 class _LogCount(Family):

@@ -37,7 +37,27 @@ class BinaryLink(ABC):
     def forward(self, p: Tensor) -> Tensor: ...
 
 
-class Logit(BinaryLink):
+class SymmetricLink(BinaryLink):
+    """A failure at `eta` is as probable as a success at `-eta`."""
+
+    @abstractmethod
+    def log_success(self, eta: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def derivatives(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivative of :meth:`log_success`."""
+
+    def log_probabilities(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_success(eta), self.log_success(-eta)
+
+    def first(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.derivatives(eta)[0], -self.derivatives(-eta)[0]
+
+    def second(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.derivatives(eta)[1], self.derivatives(-eta)[1]
+
+
+class Logit(SymmetricLink):
     """Logistic threshold."""
 
     name = "logit"
@@ -46,21 +66,18 @@ class Logit(BinaryLink):
     def inverse(self, eta: Tensor) -> Tensor:
         return torch.sigmoid(eta)
 
-    def log_probabilities(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.nn.functional.logsigmoid(eta), torch.nn.functional.logsigmoid(-eta)
+    def log_success(self, eta: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(eta)
 
-    def first(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.sigmoid(-eta), -torch.sigmoid(eta)
-
-    def second(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        curvature = -torch.sigmoid(eta) * torch.sigmoid(-eta)
-        return curvature, curvature
+    def derivatives(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        failure = torch.sigmoid(-eta)
+        return failure, -failure * torch.sigmoid(eta)
 
     def forward(self, p: Tensor) -> Tensor:
         return torch.logit(p)
 
 
-class Probit(BinaryLink):
+class Probit(SymmetricLink):
     """Normal threshold."""
 
     name = "probit"
@@ -69,20 +86,13 @@ class Probit(BinaryLink):
     def inverse(self, eta: Tensor) -> Tensor:
         return torch.special.ndtr(eta)
 
-    def log_probabilities(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.special.log_ndtr(eta), torch.special.log_ndtr(-eta)
+    def log_success(self, eta: Tensor) -> Tensor:
+        return torch.special.log_ndtr(eta)
 
-    @staticmethod
-    def _hazard(eta: Tensor) -> Tensor:
-        """Normal density over distribution function, the inverse Mills ratio of the lower tail."""
-        return torch.exp(-0.5 * eta.square() - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(eta))
-
-    def first(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        return self._hazard(eta), -self._hazard(-eta)
-
-    def second(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        success, failure = self._hazard(eta), self._hazard(-eta)
-        return -success * (eta + success), -failure * (failure - eta)
+    def derivatives(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        # the inverse Mills ratio of the lower tail
+        hazard = torch.exp(-0.5 * eta.square() - 0.5 * math.log(2 * math.pi) - torch.special.log_ndtr(eta))
+        return hazard, -hazard * (eta + hazard)
 
     def forward(self, p: Tensor) -> Tensor:
         return torch.special.ndtri(p)

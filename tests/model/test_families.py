@@ -393,3 +393,27 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_what_is_not_there_yet_says_what_to_use(name):
     with pytest.raises(NotImplementedError, match=rf"family '{name}' is not there yet; meanwhile .*family='\w+'"):
         get_family(name)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.8, 3.0])
+@pytest.mark.parametrize(("family", "link"), [(f.name, link) for f in concrete() for link in f.links])
+def test_remainder_is_the_correction_with_its_derivatives(family, link, spread):
+    rng = np.random.default_rng(2)
+    fate, n = get_family(family, link), 12
+    trials = rng.integers(1, 6, size=n).astype(float) if fate.kind == "successes" else None
+    y = fate.simulate(rng.normal(size=n), rng=rng, trials=trials)
+    outcome = Outcome(torch.as_tensor(y), None if trials is None else torch.as_tensor(trials))
+    phi = None if fate.parameter is None else torch.full((2, 1), 0.7, dtype=torch.float64)
+    m = torch.as_tensor(rng.normal(size=(2, n))).requires_grad_(True)
+    v = torch.as_tensor(spread * rng.uniform(0.5, 1.2, size=(2, n))).requires_grad_(True)
+    found = fate.remainder(outcome, m.detach(), v.detach(), phi)
+    if fate.quadratic:
+        assert all(not bool(x.any()) for x in vars(found).values())
+        return
+    correction = fate.correction(outcome, m, v, phi)
+    in_mean, in_variance = torch.autograd.grad(correction.sum(), (m, v))
+    precision_mean, precision_variance = torch.autograd.grad(fate.expect(outcome, m, v, phi).precision.sum(), (m, v))
+    expected = (correction.detach(), in_mean, in_variance, -precision_mean, -2 * precision_variance)
+    for x, truth in zip(vars(found).values(), expected, strict=True):
+        # two ways to differentiate one quadrature, which agree as far as it is good: less so the wider a cell is spread
+        torch.testing.assert_close(x, truth, rtol=0, atol=(1e-6 if spread < 0.1 else 2e-3) * float(truth.abs().max()))
