@@ -184,9 +184,9 @@ class _Call:
             from cellfate.trees import sweeps_compiled
 
             return sweeps_compiled
-        raise NotImplementedError(
-            "Sweeps on a GPU, or with gradients, are not there yet. Use detached tensors on the CPU."
-        )
+        from cellfate.trees import sweeps_batched
+
+        return sweeps_batched
 
     def flatten(self, x: Tensor, tail: int) -> Tensor:  # (batch or 1, ...)
         x = x.to(self.like)

@@ -11,7 +11,7 @@ from cellfate.trees.plan import TreePlan
 from cellfate.trees.sweeps import TreeFactor, draw, paired_up_sums, path_sums, tree_times, up_sums
 from tests.trees.test_plan import caterpillar, random_forest, star
 
-TWINS = ["compiled"]
+TWINS = ["compiled", "batched", "chains"]
 double = torch.float64
 
 
@@ -126,7 +126,10 @@ def p(request) -> Problem:
 
 
 @pytest.fixture(params=TWINS)
-def twin(request) -> str:
+def twin(request, monkeypatch) -> str:
+    if request.param == "chains":  # the batched twin, made to scan where it would go level by level
+        monkeypatch.setattr("cellfate.trees.plan.LEVELS", 0)
+        return "batched"
     return request.param
 
 
@@ -396,3 +399,60 @@ def test_a_factor_without_gradients_says_so():
     p = problem(0)
     with pytest.raises(ValueError, match="no gradients"):
         p.factor().whiten(columns(len(p.leaf)).requires_grad_())
+
+
+def test_the_twins_agree_row_by_row(p, monkeypatch):
+    x = columns(len(p.leaf))
+    one = p.factor("compiled")
+    for levels in (200, 0):
+        monkeypatch.setattr("cellfate.trees.plan.LEVELS", levels)
+        other = p.factor("batched")
+        close(other.whiten(x), one.whiten(x))
+        close(other.whiten_t(x), one.whiten_t(x))
+
+
+@pytest.mark.parametrize("levels", [200, 0])
+def test_the_batched_twin_has_gradients(levels, monkeypatch):
+    monkeypatch.setattr("cellfate.trees.plan.LEVELS", levels)
+    p = problem(24)
+    noise, gain = p.noise.clone().requires_grad_(), p.gain.clone().requires_grad_()
+    f = TreeFactor(p.plan, gain, noise, p.own, p.precision)
+    known = p.factor().marginals()
+    by_noise, by_gain = torch.autograd.grad(f.log_det, (noise, gain), retain_graph=True)
+    close(by_noise, known.rho)  # d log|B| = tr R dA
+    close(by_gain, 2 * p.gain * known.parent_cavity * known.rho)
+    x = columns(len(p.leaf))
+    (found,) = torch.autograd.grad(f.whiten(x).square().sum(), noise)
+    b = replace(p, noise=noise, gain=p.gain).b
+    (wanted,) = torch.autograd.grad((x * torch.linalg.solve(b, x)).sum(), noise)
+    close(found, wanted)
+
+
+def test_deep_trees_take_few_steps():
+    plan = TreePlan(*caterpillar(50_000))
+    assert len(plan.rounds) <= 2
+    assert plan.steps <= 20  # log2 of 100,000 segments
+    assert TreePlan(*star(100_000)).steps <= 20
+    rng = np.random.default_rng(0)
+    chain, leaf = np.append(np.arange(1, 50_000), -1), np.zeros(1, dtype=np.int64)
+    assert TreePlan(chain, leaf).steps <= 18
+    parent, leaves = random_forest(rng, 2000)
+    assert TreePlan(parent, leaves).steps <= 200
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same(p):
+    def there(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.cuda()
+
+    plan, x = TreePlan(p.parent, p.leaf, "cuda"), columns(len(p.leaf))
+    f = TreeFactor(plan, there(p.gain), p.noise.cuda(), p.own.cuda(), p.precision.cuda())
+    one = p.factor()
+    close(f.log_det.cpu(), one.log_det)
+    close(f.whiten(x.cuda()).cpu(), one.whiten(x))
+    close(f.whiten_t(x.cuda()).cpu(), one.whiten_t(x))
+    close(f.marginals().rho.cpu(), one.marginals().rho)
+    close(f.marginals_slope(x[:, 0].cuda()).variance.cpu(), one.marginals_slope(x[:, 0]).variance, atol=1e-12)
+    wanted = tree_times(p.plan, p.gain, p.noise, x)
+    close(tree_times(plan, there(p.gain), p.noise.cuda(), x.cuda()).cpu(), wanted)
