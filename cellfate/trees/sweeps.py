@@ -164,7 +164,11 @@ class _Call:
         tensors = [x for x in given if x is not None]
         if twin == "auto":
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-            twin = "batched" if wanted or any(x.is_cuda for x in tensors) else "compiled"
+            twin = "batched" if wanted or any(x.device.type != "cpu" for x in tensors) else "compiled"
+        if twin == "batched" and any(x.device.type != plan.device.type for x in tensors):
+            raise ValueError(
+                f"The plan is on {plan.device}, the tensors are on {tensors[0].device}. Build the plan where they are."
+            )
         self.plan, self.name = plan, twin
         self.like = tensors[0].new_empty(0)
         for x in tensors[1:]:

@@ -440,6 +440,12 @@ def test_deep_trees_take_few_steps():
     assert TreePlan(parent, leaves).steps <= 200
 
 
+def test_tensors_and_plan_are_in_one_place():
+    p = problem(0)
+    with pytest.raises(ValueError, match="Build the plan where they are"):
+        up_sums(p.plan, None, columns(len(p.leaf)).to("meta"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same(p):
