@@ -21,7 +21,7 @@ from cellfate.engines.base import Posterior, Sites
 
 UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
 COLUMNS, ROWS = 64, 4096  # taken at a time where a matrix as large as the columns would be made
-ESTIMATE, PROBES = 2_000, 8  # cells from which on products with squares are estimated, and by how many random vectors
+ESTIMATE, PROBES = 1_500, 8  # cells from which on products with squares are estimated, and by how many random vectors
 
 
 class LowRankPosterior(Posterior):
@@ -88,11 +88,11 @@ class LowRankPosterior(Posterior):
 
     @abstractmethod
     def _part_whiten(self, x: Tensor) -> Tensor:
-        """M x."""
+        """M x; may overwrite x."""
 
     @abstractmethod
     def _part_whiten_t(self, x: Tensor) -> Tensor:
-        """M' x, a new tensor."""
+        """M' x; may overwrite x."""
 
     @abstractmethod
     def _part_prior(self, x: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class LowRankPosterior(Posterior):
 
     def _noise(self, xi: Tensor) -> Tensor:
         """R T^-1/2 xi, without the division."""
-        whitened = self._part_whiten_t(self._part_whiten(xi))
+        whitened = self._part_whiten_t(self._part_whiten(xi.clone()))
         return self._tau.sqrt() * whitened - self._tau * (self._y @ self._columns_times(self._tau.sqrt() * xi))
 
     def _coefficients_at(self, slot: slice) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,13 @@ from cellfate.kernels.base import Basis, Component, Given, Term, sample_variance
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.lineage import LineageKernel, TreeSteps
 from cellfate.kernels.spatial import SpatialKernel, Stationary
-from cellfate.places.basis import FieldBasis, field_basis
+from cellfate.places.basis import LANDMARKS, FieldBasis, field_basis
 from cellfate.trees.plan import TreePlan
 from cellfate.trees.sweeps import path_sums, up_sums
 
 PILOT_RANK = 128  # of a field in a first fit, over all length-scales that the data bound
-EXPECTED_RANK = 512
+PER_COLUMN = 4  # landmarks that a column needs
+EXPECTED_RANK = 512  # before it is known
 REACH = 2.0  # beyond the bounds of a length-scale, where the search may go
 
 
@@ -45,9 +46,10 @@ class StructuredEngine(Engine):
         dtype: torch.dtype,
         rank: int | None = None,
         ranges: Mapping[str, tuple[float, float]] | None = None,
+        rough: bool = False,
     ) -> None:
         self.n, self.like = n, torch.empty(0, device=device, dtype=dtype)
-        self.rank, self.ranges = rank, dict(ranges or {})
+        self.rank, self.ranges, self.rough = rank, dict(ranges or {}), rough
         self._kernels = {component.name: component.kernel for component in components}
         self._components = tuple(components)
         self.plan: TreePlan | None = None
@@ -75,8 +77,15 @@ class StructuredEngine(Engine):
                 specimen=kernel.specimens,
                 rank=self.rank,
                 like=self.like,
+                **self._landmarks(),
             )
         return self._fields[name]
+
+    def _landmarks(self) -> dict[str, int]:
+        """Fewer landmarks than by default, where a known rank or a first fit needs no more."""
+        if self.rank is None or not (self.rough or self.n > LANDMARKS):
+            return {}
+        return {"landmarks": min(LANDMARKS, max(PER_COLUMN * self.rank, 0 if self.rough else LANDMARKS // 2))}
 
     def focus(self, ranges: Mapping[str, tuple[float, float]]) -> StructuredEngine:
         """The same engine with bases for these ranges (component -> lower, upper) of the length-scales."""
@@ -105,7 +114,9 @@ class StructuredEngine(Engine):
 
     def pilot(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
         rank = PILOT_RANK if self.rank is None else min(PILOT_RANK, self.rank)
-        return StructuredEngine(components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=rank)
+        return StructuredEngine(
+            components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=rank, rough=True
+        )
 
     def _phi(self, term: Term) -> Tensor | None:
         """Columns (n, m) of a component; None where it has none."""

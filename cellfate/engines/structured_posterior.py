@@ -105,11 +105,11 @@ class Independent:
         self._scale = torch.sqrt(1 + precision * own)[..., None]
         self.log_det = torch.log1p(precision * own).sum(-1)
 
-    def whiten(self, x: Tensor) -> Tensor:
-        return x / self._scale
+    def whiten(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return x / self._scale if out is None else out.div_(self._scale)
 
-    def whiten_t(self, x: Tensor) -> Tensor:
-        return x / self._scale
+    def whiten_t(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.whiten(x, out)
 
 
 class StructuredPosterior(LowRankPosterior):
@@ -138,10 +138,15 @@ class StructuredPosterior(LowRankPosterior):
         return self._factor.log_det
 
     def _part_whiten(self, x: Tensor) -> Tensor:
-        return self._factor.whiten(x)
+        return self._factor.whiten(x, out=self._room(x))
 
     def _part_whiten_t(self, x: Tensor) -> Tensor:
-        return self._factor.whiten_t(x)
+        return self._factor.whiten_t(x, out=self._room(x))
+
+    def _room(self, x: Tensor) -> Tensor | None:
+        """`x` itself, where the result fits into it."""
+        fits = x.shape[:-1] == self.sites.precision.shape and x.is_contiguous() and x.dtype == self._z.dtype
+        return x if fits else None
 
     def _part_prior(self, x: Tensor) -> Tensor:
         own = self.prior.own[..., None] * x

@@ -18,6 +18,8 @@ from cellfate.inference.variational_laplace import Fit, fit_sites
 from cellfate.kernels.base import Term
 from cellfate.model.glmm import Model, Theta
 
+NEAR = 3  # of Laplace's updates, which only have to come near
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -50,10 +52,12 @@ def evaluate(
             start = Sites(start.precision.expand(points, -1), start.shift.expand(points, -1))
         else:
             start = likelihood.start(points)
-            if not isinstance(rule, Laplace):
-                start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=1e-2).sites
+            if not isinstance(
+                rule, Laplace
+            ):  # a mode on the way: expectations over a far too wide posterior lead astray
+                start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=0.1, max_updates=NEAR).sites
         fit = fit_sites(engine, terms, likelihood, rule, start, tolerance=tolerance)
-        # to first order, the free energy is that of settled sites
+        # the free energy of settled sites, up to what could not be foreseen
         return Evaluation(rule.free_energy(likelihood, fit.posterior) + fit.drift, fit, terms, theta)
 
 

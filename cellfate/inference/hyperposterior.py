@@ -32,7 +32,10 @@ MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
 CLOUD = 2**14  # draws weighted by the interpolant
 DRAWS = 4000  # equally weighted, kept
-FIELDS = 16  # draws of the fields at each point, for realized variances and the spread of effects
+FIELDS, FEWER = (
+    16,
+    6,
+)  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 DEEP = 25.0  # nats below which a density is as good as none
@@ -70,7 +73,7 @@ class _Points:
     spreads: dict[str, np.ndarray]  # (points, n), posterior variance estimated from the draws of the fields
     beta: np.ndarray
     beta_factor: np.ndarray
-    realized: dict[str, np.ndarray]  # (points, FIELDS)
+    realized: dict[str, np.ndarray]  # (points, fields)
     unsettled: int
 
     @staticmethod
@@ -110,7 +113,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         count = most = min(2 * most, 256)
         fill = int(FILL * count)
     else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
-        count, fill = (12 + 4 * d, 2 + 2 * d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
+        count, fill = (5 + 5 * d, 1 + d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
     most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
@@ -304,17 +307,18 @@ def _evaluate_chunk(
 def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:
     posterior, terms = here.posterior, here.terms
     means = {term.name: posterior.component_mean(term) for term in terms}
-    fields = posterior.sample(terms, FIELDS, generators)
+    count = FEWER if model.data.n > LARGE else FIELDS
+    fields = posterior.sample(terms, count, generators)
     spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
     beta, factor = _beta(model, here)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
-        fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, FIELDS)
+        fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
     realized = {name: field.var(-2).cpu().numpy() for name, field in fields.items()}
     whole = torch.as_tensor(sum(fields.values())).var(-2).cpu().numpy()
     realized[SHARED] = whole - sum(realized.values())
     if model.family.parameter == "variance_residual":
         residual = here.theta.values["sd_residual"].square().cpu().numpy()
-        realized[RESIDUAL] = np.repeat(residual[:, None], FIELDS, axis=1)
+        realized[RESIDUAL] = np.repeat(residual[:, None], count, axis=1)
     return _Points(
         u=u.cpu().numpy(),
         log_posterior=value.cpu().numpy(),
@@ -366,7 +370,8 @@ def _summarize(
         )
         effects[name] = (average, np.sqrt(weight[used] @ (points.spreads[name][used] + (mean[used] - average) ** 2)))
 
-    pick = systematic(np.repeat(weight, FIELDS), DRAWS, rng)
+    fields = points.realized[SHARED].shape[1]
+    pick = systematic(np.repeat(weight, fields), DRAWS, rng)
     u, beta = draws
     theta = model.theta(torch.as_tensor(u).to(model.data.offset))
     return Hyperposterior(

@@ -11,12 +11,12 @@ import torch
 
 from cellfate._runtime import logger
 from cellfate.engines.base import Engine
-from cellfate.inference.mode import Mode, find_mode
+from cellfate.inference.mode import PILOT_GAIN, Mode, find_mode
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
 PILOT = 2000  # cells of the pilot fit
-STAGE = 12_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
+STAGE = 8_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
 WITHIN = 3.0  # sds of the pilot's log length-scale to either side of its mode
 NARROWEST = 0.4  # e-folds to either side
 ATTEMPTS = 3
@@ -32,11 +32,11 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
         return model, engine, find_mode(model, engine, rule)
     some = _some(model.data.n, PILOT)
     thin = model.at(some)
-    pilot = find_mode(thin, engine.pilot(thin.components, some), rule)
+    pilot = find_mode(thin, engine.pilot(thin.components, some), rule, gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
     half = {name: max(NARROWEST, WITHIN * float(spread[names.index(name)])) for name in fields}
     u = pilot.u
-    if model.data.n > 3 * STAGE:
+    if model.data.n > 4 * STAGE:
         u = _second(model, engine, rule, u, half, fields)
     for _ in range(ATTEMPTS - 1):
         focused, sharp, mode = _focused(model, engine, rule, u, half, fields)

@@ -16,11 +16,13 @@ from cellfate.model.glmm import Model
 MEMORY = 6e8  # bytes for the matrices of a batch of hyperparameter points
 TIGHT = 1e-4  # of site updates where derivatives are taken
 COARSE = 1e-3  # the same, far from the mode
+LARGE_COARSE = 0.03  # the same, with many cells: of the free energy, in nats, this is still little
 CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
-LARGE = 10_000  # cells from which on a gradient is dear, and the posterior so narrow that less of it will do
-LARGE_GAIN = 1e-2  # nats that another step would bring, there: a seventh of a posterior sd
+LARGE = 6_000  # cells from which on a gradient is dear, and the posterior so narrow that less of it will do
+LARGE_GAIN = 0.5  # nats that the last step, which is not looked back on, may bring there: one posterior sd
+PILOT_GAIN = 0.05  # the same, where a mode is only where to begin from
 FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
 
@@ -91,7 +93,7 @@ def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
     some = np.sort(np.random.default_rng(0).permutation(model.data.n)[: model.data.n // THIN])
     thin = model.at(some)
     small = engine.at(thin.components, some)
-    u = _ascend(thin, small, rule, *_start(thin, small, rule)).u
+    u = _ascend(thin, small, rule, *_start(thin, small, rule), PILOT_GAIN).u
     low, high = _bounds(model, u)
     u = torch.minimum(torch.maximum(u, low), high)
     # a component that the thinned cells do not show must be able to come back: at zero its gradient is zero
@@ -121,12 +123,11 @@ class _Ascent:
     message: str
 
 
-def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -> _Ascent:
+def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, enough: float) -> _Ascent:
     """BFGS from an average-information matrix, each point warm-started from the last."""
-    unit, count, tolerance = _unit(model, u), 1, COARSE
+    unit, count, tolerance = _unit(model, u), 1, max(COARSE, LARGE_COARSE * (model.data.n > LARGE))
     low, high = _bounds(model, u)
     converged, message, idle = False, "too many steps", 0
-    enough = LARGE_GAIN if model.data.n > LARGE else CONVERGED_GAIN
     here, value, gradient = log_posterior(model, engine, u[None], rule, start=sites, tolerance=tolerance)
     curvature = _average_information(model, here, u) * unit * unit[:, None]  # from here on in units
     sites = here.fit.sites
@@ -138,9 +139,12 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
         step[free] = torch.linalg.solve(curvature[free][:, free], slope[free])
         gain = 0.5 * float(slope @ step)
         if gain < enough and (tolerance <= TIGHT or enough > TIGHT):
+            if enough > TIGHT:
+                u = torch.minimum(torch.maximum(u + unit * step, low), high)
             converged, message = True, "converged"
             break
-        tolerance = min(tolerance, max(TIGHT, COARSE * gain))
+        if enough < LARGE_GAIN:
+            tolerance = min(tolerance, max(TIGHT, COARSE * gain))
         step = step * min(1.0, LONGEST_STEP / max(float(step.abs().max()), 1e-300))
         for _ in range(MAX_HALVINGS):
             point = torch.minimum(torch.maximum(u + unit * step, low), high)
@@ -173,8 +177,13 @@ def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites) -
     return _Ascent(sign * u, sites, sign * gradient[0], curvature, count, converged, message)
 
 
-def find_mode(model: Model, engine: Engine, rule: Rule, *, start: Tensor | None = None) -> Mode:
-    """Maximize free energy plus log prior, and differentiate twice there; `start` (d,) is where to begin."""
+def find_mode(
+    model: Model, engine: Engine, rule: Rule, *, start: Tensor | None = None, gain: float | None = None
+) -> Mode:
+    """Maximize free energy plus log prior, and differentiate twice there.
+
+    `start` (d,) is where to begin; where another step would bring less than `gain` nats is near enough.
+    """
     if start is None:
         u, sites = _start(model, engine, rule)
     else:
@@ -185,7 +194,9 @@ def find_mode(model: Model, engine: Engine, rule: Rule, *, start: Tensor | None 
     count, converged, message = 1, True, "no hyperparameter to estimate"
     gradient, approximate = u, None
     if len(u):
-        found = _ascend(model, engine, rule, u, sites)
+        if gain is None:
+            gain = LARGE_GAIN if model.data.n > LARGE else CONVERGED_GAIN
+        found = _ascend(model, engine, rule, u, sites, gain)
         u, gradient, sites = found.u, found.gradient, found.sites
         approximate = found.curvature if model.data.n > LARGE else None
         count, converged, message = found.evaluations, found.converged, found.message
@@ -193,7 +204,8 @@ def find_mode(model: Model, engine: Engine, rule: Rule, *, start: Tensor | None 
         at_bound = tuple(
             p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
         )
-    final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
+    tolerance = LARGE_COARSE if model.data.n > LARGE else TIGHT / 10
+    final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=tolerance)
     hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient, approximate)
     return Mode(
         u=u,
@@ -274,7 +286,7 @@ def _derivatives(
             there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
             gradients.append(slope)
         else:
-            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=3 * COARSE)
+            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE)
         means.append(there.posterior.mean)
         variances.append(there.posterior.variance.log())
     m = (torch.cat(means) - here.posterior.mean) / step[:, None]

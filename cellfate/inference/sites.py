@@ -81,7 +81,10 @@ class Rule(ABC):
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor: ...
 
     def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
-        """First-order change (points,) of the free energy as the posterior takes a small step; none where it is stationary."""
+        """Change (points,) of the free energy as the posterior takes a small step to where its sites want it; 0 if unknown.
+
+        To first order a bound does not change, it is stationary; to second order the step gains half of what it was pulled along.
+        """
         return posterior.mean.new_zeros(posterior.mean.shape[:-1])
 
     @abstractmethod
@@ -113,9 +116,8 @@ class Laplace(Rule):
         return self.update(likelihood, posterior).objective - 0.5 * posterior.log_det
 
     def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
-        return 0.5 * (variance_step / posterior.variance.clamp(min=torch.finfo(mean_step.dtype).tiny)).sum(
-            -1
-        )  # -d log|B| / 2 = -v' d tau / 2
+        # -d log|B| / 2 = -v' d tau / 2
+        return _relative(variance_step, posterior).sum(-1) / 2
 
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
@@ -150,7 +152,9 @@ class Variational(Rule):
 
     def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
         rest = self._remainder(likelihood, posterior)
-        return (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
+        correction = (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
+        # of variances the part of each cell alone: d tau' (Sigma o Sigma) d tau / 4, the diagonal of it
+        return correction + _relative(variance_step, posterior).square().sum(-1) / 4
 
     @staticmethod
     def _expectation(likelihood: Likelihood, posterior: Posterior) -> Expectation:
@@ -240,6 +244,10 @@ class ExpectationPropagation(Rule):
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self._tilted(likelihood, posterior)[0].sum(-1), None, None
+
+
+def _relative(variance_step: Tensor, posterior: Posterior) -> Tensor:
+    return variance_step / posterior.variance.clamp(min=torch.finfo(variance_step.dtype).tiny)
 
 
 def divergence(posterior: Posterior) -> Tensor:

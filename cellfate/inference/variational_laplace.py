@@ -39,7 +39,7 @@ class Status(IntEnum):
 class Fit:
     """Sites and posterior at a batch of points, with the number of updates and a status for each (points,).
 
-    `drift` is the first-order change that a further update would make to the free energy.
+    `drift` is the change that further updates are expected to make to the free energy.
     """
 
     sites: Sites
@@ -153,6 +153,8 @@ def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target
     mean_step = posterior.smooth(pull[..., None])[..., 0]
     shrinkage = (target.precision - posterior.sites.precision) * posterior.variance
     drift = rule.drift(likelihood, posterior, mean_step, -shrinkage * posterior.variance)
+    if rule.monotone:
+        drift = drift + 0.5 * (pull * mean_step).sum(-1)
     smallest = torch.finfo(mean_step.dtype).tiny
     of_means = (mean_step.abs() / posterior.variance.clamp(min=smallest).sqrt()).amax(-1)
     return torch.maximum(torch.maximum(of_means, shrinkage.abs().amax(-1)), drift.abs()), drift
