@@ -93,6 +93,16 @@ class Posterior(ABC):
         """Posterior mean (..., m) and covariance (..., m, m) of the coefficients of a basis component."""
 
     @abstractmethod
+    def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (..., nodes) of a lineage component at every node of its forest."""
+
+    @abstractmethod
+    def elsewhere(
+        self, term: Term, coordinates: np.ndarray, specimen: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (..., k) of a spatial field at positions (k, d), in the specimens coded (k,)."""
+
+    @abstractmethod
     def sample(self, terms: Sequence[Term], count: int, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Joint draws (points, n, count) of each component, with one generator per point of the batch."""
 

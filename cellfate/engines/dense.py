@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellfate.engines import elsewhere
 from cellfate.engines.base import Engine, Sites
 from cellfate.engines.blocks import Blocks, connect
 from cellfate.engines.lowrank import LowRankPosterior
@@ -378,3 +379,11 @@ class DensePosterior(LowRankPosterior):
         xi = normal(self.engine.n)
         correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - self._noise(xi)
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
+
+    def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:
+        return elsewhere.dense_ancestors(self, term, self.engine._kernels[term.name])
+
+    def elsewhere(
+        self, term: Term, coordinates: np.ndarray, specimen: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return elsewhere.dense_elsewhere(self, term, coordinates, specimen)

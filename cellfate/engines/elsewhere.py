@@ -97,10 +97,11 @@ def dense_elsewhere(
 def structured_ancestors(posterior: StructuredPosterior, term: Term) -> Moments:
     """A lineage component at every node (..., nodes): what the tree alone leaves open, and what the columns add."""
     steps_of(term)
-    walk, marginals = posterior.part_of(term).walk, posterior.marginals
-    assert walk is not None and marginals is not None
+    walk, marginals = posterior._part(term).walk, posterior._marginals
+    assert walk is not None
+    assert marginals is not None
     variance = marginals.node_variance
-    for _, e in posterior.spread():
+    for _, e in posterior._e():
         variance = variance + walk.field(posterior.sites.precision[..., None] * e).square().sum(-1)
     return walk.field(posterior.weights[..., None])[..., 0], variance
 
@@ -110,7 +111,7 @@ def structured_elsewhere(
 ) -> Moments:
     """A spatial field at positions (k, d): (..., k). What the columns miss of a cell is not carried to its surroundings."""
     lengthscale, field = field_of(term).lengthscale, posterior.engine.field(term.name)
-    spectrum, scaled = field.spectrum(lengthscale), posterior.part_of(term).spectrum
+    spectrum, scaled = field.spectrum(lengthscale), posterior._part(term).spectrum
     assert scaled is not None
     scale = _trace(scaled) / _trace(spectrum)
     coefficients, covariance = posterior.coefficients(term)
@@ -128,14 +129,23 @@ def _conditioned(posterior: DensePosterior, prior: Tensor, cross) -> Moments:  #
     """Moments (..., k) from prior variances (..., k) and covariances with the cells, `cross(rows)` (..., n, rows)."""
     mean, variance = torch.zeros_like(prior), prior.clone()
     for rows in _slices(prior.shape[-1], posterior.mean.numel()):
-        mean[..., rows], taken = posterior.linked(cross(rows))
+        mean[..., rows], taken = _linked(posterior, cross(rows))
         variance[..., rows] -= taken
     return mean, variance.clamp(min=0)
 
 
+def _linked(posterior: DensePosterior, cross: Tensor) -> Moments:
+    """C b and diag(C R C') for covariances with the cells (..., n, k): R = R_A - V V', V = T E."""
+    tau = posterior.sites.precision[..., None]
+    taken = posterior._part_whiten(tau.sqrt() * cross).square().sum(-2)
+    for _, e in posterior._e():
+        taken = taken - (cross.mT @ (tau * e)).square().sum(-1)
+    return (cross * posterior.weights[..., None]).sum(-2), taken
+
+
 def _dense_scale(posterior: DensePosterior, term: Term, trace: Tensor) -> Tensor:
     """What entries (...,) of a kernel are multiplied by: the variance over c(K), from the trace before and after."""
-    unit = sum(k.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) for k in posterior.unit(term))
+    unit = sum(k.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) for k in posterior._unit(term))
     return term.variance * torch.as_tensor(unit) / trace
 
 

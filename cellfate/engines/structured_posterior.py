@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cellfate.engines import elsewhere
 from cellfate.engines.base import Sites
 from cellfate.engines.lowrank import LowRankPosterior
 from cellfate.kernels.base import Term
@@ -362,3 +364,11 @@ class StructuredPosterior(LowRankPosterior):
         u = torch.as_tensor(sum(drawn.values(), start=self.mean.new_zeros(())))
         correction = self.weights[..., None] - self.residual(u) - self._noise(normal(self.engine.n))
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
+
+    def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:
+        return elsewhere.structured_ancestors(self, term)
+
+    def elsewhere(
+        self, term: Term, coordinates: np.ndarray, specimen: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return elsewhere.structured_elsewhere(self, term, coordinates, specimen)

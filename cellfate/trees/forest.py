@@ -218,6 +218,28 @@ class Forest:
             return answer
         return answer[np.ix_(inverse, inverse)]
 
+    def ancestors(self, nodes: np.ndarray, leaves: np.ndarray) -> np.ndarray:  # (k,), (s,) -> (k, s) int64
+        """Most recent common ancestor of any nodes with leaves, -1 across trees; see :meth:`mrca` for all pairs of leaves.
+
+        The first node below a node is a leaf. The answer for that leaf is the answer for the node too, unless it is further
+        below.
+        """
+        nodes, leaves = np.asarray(nodes, dtype=np.int64), np.asarray(leaves, dtype=np.int64)
+        first, rank = (np.searchsorted(self.leaves, x) for x in (self.start[nodes], leaves))
+        both = np.concatenate([first, rank])
+        low, high = (int(both.min()), int(both.max())) if both.size else (0, 0)
+        adjacent, rank = self._mrca_adjacent[low:high], rank - low
+        answer = np.empty((len(nodes), len(leaves)), dtype=np.int64)
+        # of one leaf with all others, as a running maximum to both sides
+        line = np.empty(high - low + 1, dtype=np.int64)
+        for row, node, i in zip(answer, nodes, first - low, strict=True):
+            line[i] = node
+            np.maximum.accumulate(adjacent[i:], out=line[i + 1 :])
+            np.maximum.accumulate(adjacent[:i][::-1], out=line[:i][::-1])
+            np.maximum(line[rank], node, out=row)
+        answer[answer == self.n_nodes] = -1
+        return answer
+
     def prune(self, keep: Iterable[str]) -> Forest:
         """The forest on these leaves only.
 

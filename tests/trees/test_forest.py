@@ -91,6 +91,18 @@ def test_mrca_agrees_with_climbing(forest, choice):
     np.testing.assert_array_equal(forest.mrca(nodes), naive_mrca(forest, nodes))
 
 
+@pytest.mark.parametrize("some", [1, 3])
+def test_ancestors_of_any_nodes_with_leaves_agree_with_climbing(forest, some):
+    rng = np.random.default_rng(some)
+    nodes = rng.permutation(forest.n_nodes)[::some]
+    leaves = rng.permutation(forest.leaves)[::some]
+    above = [path(forest, node) for node in range(forest.n_nodes)]
+    expected = [[next((a for a in above[i] if a in above[j]), -1) for j in leaves] for i in nodes]
+    np.testing.assert_array_equal(forest.ancestors(nodes, leaves), expected)
+    assert forest.ancestors(nodes, leaves[:0]).shape == (len(nodes), 0)
+    assert forest.ancestors(nodes[:0], leaves).shape == (0, len(leaves))
+
+
 def test_mrca_of_no_leaf_is_empty():
     assert FORESTS["star"].mrca(np.array([], dtype=int)).shape == (0, 0)
 
