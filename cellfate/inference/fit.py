@@ -21,6 +21,7 @@ from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
 from cellfate.inference.locate import locate
 from cellfate.inference.mode import Mode
+from cellfate.inference.predict import Ask, Draws, Predicted, predict
 from cellfate.inference.sites import RULES, Rule
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Kernel
@@ -231,6 +232,61 @@ class GLMM:
         if points == 1:
             return Evaluated(float(free_energy[0]), mean[0], variance[0], worst.sentence)
         return Evaluated(free_energy, mean, variance, worst.sentence)
+
+    def on(
+        self,
+        y: Any,
+        X: Any = None,
+        offset: Any = None,
+        *,
+        trials: Any = None,
+        terms: Sequence[str] | None = None,
+        response: str = "y",
+    ) -> GLMM:
+        """The model with the data of an earlier fit, whose draws :meth:`ancestors` and :meth:`elsewhere` are then given."""
+        self._problem = self._build(y, X, offset, trials, terms, response)
+        return self
+
+    def ancestors(
+        self, draws: GLMMFit | Draws, component: str = "lineage", *, count: int = 16, rng: SeedLike | None = None
+    ) -> Predicted:
+        """Posterior of a lineage component at every node of its forest, leaves without a cell included.
+
+        draws: the last fit, or its `draws`. The mean of `count` of them, spread over all, each with its own Gaussian posterior.
+        """
+        return self._predict(draws, component, lambda here, term: here.ancestors(term), count, rng)
+
+    def elsewhere(
+        self,
+        draws: GLMMFit | Draws,
+        coordinates: Any,
+        specimen: Any = None,
+        component: str = "spatial",
+        *,
+        count: int = 16,
+        rng: SeedLike | None = None,
+    ) -> Predicted:
+        """Posterior of a spatial field at new positions (k, 2 or 3) in the specimens (k,), coded as the kernel does.
+
+        Far from all cells, and in a specimen without any, it is the prior. The rest as in :meth:`ancestors`.
+        """
+        where = numbers("coordinates", coordinates, 2)
+        codes = np.zeros(len(where), dtype=np.int64) if specimen is None else np.asarray(specimen)
+        kernels = {c.name: c.kernel for c in self.components}
+        wanted = np.shape(getattr(kernels.get(component), "coordinates", where))[1]
+        if where.shape[1] != wanted or codes.shape != where.shape[:1]:
+            raise DataError(
+                f"coordinates have shape {where.shape} and specimens {codes.shape}, wanted (k, {wanted}), as the cells have, and "
+                "(k,)."
+            )
+        return self._predict(draws, component, lambda here, term: here.elsewhere(term, where, codes), count, rng)
+
+    def _predict(self, draws: GLMMFit | Draws, component: str, ask: Ask, count: int, rng: SeedLike | None) -> Predicted:
+        if self._problem is None:
+            raise DataError("there is no data yet: call fit first, or `on` with the data of an earlier fit.")
+        model, engine, _ = self._problem
+        found = draws.draws if isinstance(draws, GLMMFit) else draws
+        return predict(model, engine, self.rule, found, component, ask, count=count, rng=generator(rng))
 
     def _build(
         self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str = "y"

@@ -18,7 +18,7 @@ from cellfate.inference.variational_laplace import Fit, fit_sites
 from cellfate.kernels.base import Term
 from cellfate.model.glmm import Model, Theta
 
-NEAR = 3  # of Laplace's updates, which only have to come near
+NEAR = 0.1  # of Laplace's updates, which only have to come near
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def evaluate(
             if not isinstance(
                 rule, Laplace
             ):  # a mode on the way: expectations over a far too wide posterior lead astray
-                start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=0.1, max_updates=NEAR).sites
+                start = fit_sites(engine, terms, likelihood, Laplace(), start, tolerance=NEAR).sites
         fit = fit_sites(engine, terms, likelihood, rule, start, tolerance=tolerance)
         # the free energy of settled sites, up to what could not be foreseen
         return Evaluation(rule.free_energy(likelihood, fit.posterior) + fit.drift, fit, terms, theta)

@@ -370,7 +370,7 @@ def _summarize(
         )
         effects[name] = (average, np.sqrt(weight[used] @ (points.spreads[name][used] + (mean[used] - average) ** 2)))
 
-    fields = points.realized[SHARED].shape[1]
+    fields = next(iter(points.realized.values())).shape[1]
     pick = systematic(np.repeat(weight, fields), DRAWS, rng)
     u, beta = draws
     theta = model.theta(torch.as_tensor(u).to(model.data.offset))

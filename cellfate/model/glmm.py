@@ -229,6 +229,22 @@ class Model:
             beta = beta.expand(points, -1)
         return Theta(full, beta), points
 
+    def from_draws(self, draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Of the draws of a fit those that :meth:`from_natural` takes; in files, names have "_" for "/"."""
+
+        def find(name: str) -> np.ndarray:
+            for key in (name, name.replace("/", "_")):
+                if key in draws:
+                    return np.asarray(draws[key], dtype=np.float64)
+            raise DataError(f"the draws have no {name!r}, they are of another model: {', '.join(draws)}.")
+
+        names = [name for name in self._known() if name not in self._fixed]
+        names = [f"variance_{name.removeprefix('sd_')}" if name.startswith("sd_") else name for name in names]
+        found = {name: find(name) for name in names}
+        if not self.reml and self.data.terms:
+            found["beta"] = np.column_stack([find(f"beta[{term}]") for term in self.data.terms])
+        return found
+
     def terms(self, theta: Theta) -> list[Term]:
         """The components at `theta`; integrated fixed effects are one of them."""
         like = self.data.offset

@@ -17,7 +17,7 @@ from cellfate.model.glmm import FIXED, RESIDUAL, Model
 DISTRIBUTION = "distribution"
 SHARED = "shared"
 LATENT, LINK, REALIZED = "latent", "link", "realized"
-CHUNK = 2**22  # entries of cells x draws at once
+CHUNK = 2**19  # entries of cells x draws at once: small enough that memory is handed back
 
 
 def summary(x: np.ndarray) -> tuple[float, float, float, float]:
