@@ -17,7 +17,7 @@ from cellfate.model.glmm import FIXED, RESIDUAL, Model
 DISTRIBUTION = "distribution"
 SHARED = "shared"
 LATENT, LINK, REALIZED = "latent", "link", "realized"
-CHUNK = 2**19  # entries of cells x draws at once: small enough that memory is handed back
+CHUNK = 2**19  # entries of cells x draws at once
 
 
 def summary(x: np.ndarray) -> tuple[float, float, float, float]:
@@ -52,8 +52,9 @@ def distribution_variance(
     b = torch.as_tensor(beta).to(offset)
     phi = None if model.family.parameter is None else torch.as_tensor(_phi(model, values)).to(offset)[:, None]
     out, step = [], max(1, CHUNK // model.data.n)
+    room = offset.new_empty(step, model.data.n)  # one for all: freed pieces of this size may not be handed back
     for i in range(0, len(b), step):
-        eta = offset + b[i : i + step] @ design.mT
+        eta = torch.addmm(offset, b[i : i + step], design.mT, out=room[: len(b[i : i + step])])
         held = None if phi is None else phi[i : i + step]
         out.append(model.family.distribution_variance(eta, random[i : i + step], held)[:, 0])
     return torch.cat(out).numpy()
