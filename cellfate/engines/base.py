@@ -137,14 +137,19 @@ class Engine(ABC):
         """Components that are approximated over a range of length-scales, which :meth:`focus` can narrow."""
         return ()
 
-    def focus(self, ranges: Mapping[str, tuple[float, float]]) -> Engine:
-        """The same engine, its approximations made for these ranges (component -> lower, upper) of the length-scales."""
+    def focus(
+        self, ranges: Mapping[str, tuple[float, float]], information: Mapping[str, float] | None = None
+    ) -> Engine:
+        """The same engine, its approximations made for these ranges (component -> lower, upper) of the length-scales.
+
+        information: component -> its variance times the precision of a cell's data, where an approximation may be finer for it.
+        """
         return self
 
     def pilot(self, components: Sequence[Component], cells: np.ndarray) -> Engine:
         """A cheap engine for a first fit of some of the cells."""
         return self.at(components, cells)
 
-    def report(self) -> dict[str, object]:
-        """What was approximated and how well, for the results."""
-        return {}
+    def report(self, values: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
+        """What was approximated and how well at hyperparameters `values`, for the results, and what of it is doubtful."""
+        return {}, []

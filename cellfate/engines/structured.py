@@ -9,6 +9,7 @@ fixed effects; they never change, hyperparameters only move S. A posterior costs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from cellfate.trees.sweeps import path_sums, up_sums
 PILOT_RANK = 128  # of a field in a first fit, over all length-scales that the data bound
 PER_COLUMN = 4  # landmarks that a column needs
 EXPECTED_RANK = 512  # before it is known
+DOUBTFUL_SHARE = (
+    0.02  # of a field's variance that its columns leave out: it costs about half a nat, and a percent of the estimate
+)
 REACH = 2.0  # beyond the bounds of a length-scale, where the search may go
 
 
@@ -57,6 +61,7 @@ class StructuredEngine(Engine):
             if isinstance(kernel, LineageKernel):
                 self.plan = TreePlan(kernel.forest.parent, kernel.leaf, self.like.device)
         self._fields: dict[str, FieldBasis] = {}
+        self._information: dict[str, float] = {}
         self._columns: dict[tuple[str, ...], tuple[Tensor, dict[str, slice]]] = {}
 
     # -- the prior -----------------------------------------------------------------------------------------------------
@@ -76,6 +81,7 @@ class StructuredEngine(Engine):
                 high,
                 specimen=kernel.specimens,
                 rank=self.rank,
+                information=self._information.get(name, 0.0),
                 like=self.like,
                 **self._landmarks(),
             )
@@ -87,8 +93,9 @@ class StructuredEngine(Engine):
             return {}
         return {"landmarks": min(LANDMARKS, max(PER_COLUMN * self.rank, 0 if self.rough else LANDMARKS // 2))}
 
-    def focus(self, ranges: Mapping[str, tuple[float, float]]) -> StructuredEngine:
-        """The same engine with bases for these ranges (component -> lower, upper) of the length-scales."""
+    def focus(
+        self, ranges: Mapping[str, tuple[float, float]], information: Mapping[str, float] | None = None
+    ) -> StructuredEngine:
         engine = StructuredEngine(
             self._components,
             self.n,
@@ -97,7 +104,7 @@ class StructuredEngine(Engine):
             rank=self.rank,
             ranges={**self.ranges, **ranges},
         )
-        engine.plan = self.plan
+        engine.plan, engine._information = self.plan, dict(information or {})
         return engine
 
     @property
@@ -232,13 +239,20 @@ class StructuredEngine(Engine):
         numbers = self.n * (2 * m + 4 * COLUMNS) + 8 * m * m + 12 * (nodes + self.n)
         return float(numbers * self.like.element_size())
 
-    def report(self) -> dict[str, object]:
-        """What was approximated, for the results: rank, covariance error and truncated share of each field."""
-        out: dict[str, object] = {}
+    def report(self, values: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
+        found: dict[str, Any] = {}
+        doubts = []
         for name, field in self._fields.items():
-            out |= {f"rank_{name}": field.rank, f"covariance_error_{name}": field.error}
-            out[f"truncated_share_{name}"] = field.truncated_share
-        return out
+            at = values.get(f"lengthscale_{name}", field.reference)
+            left = float(field.left_out(self.like.new_tensor(at)).mean())
+            found |= {f"rank_{name}": field.rank, f"covariance_error_{name}": field.errors[1]}
+            found[f"truncated_share_{name}"] = left
+            if left > DOUBTFUL_SHARE:
+                doubts.append(
+                    f"{field.rank} columns for {name!r} leave {left:.1%} of its variance to the cells themselves, at length-scale "
+                    f"{at:.3g}: give a larger `rank`, or engine='dense'"
+                )
+        return found, doubts
 
 
 def refusal(components: Sequence[Component]) -> str | None:

@@ -185,8 +185,9 @@ class GLMM:
         self._problem = model, engine, why
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
         components, shares = rows(model, response, scales)
-        diagnostics = _diagnose(model, mode, posterior, scales[LATENT])
-        diagnostics |= {"engine": engine.name, "engine_reason": why, **engine.report()}
+        found, approximate = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
+        diagnostics = _diagnose(model, mode, posterior, scales[LATENT], approximate)
+        diagnostics |= {"engine": engine.name, "engine_reason": why, **found}
         diagnostics["seconds"] = time.perf_counter() - began
         return GLMMFit(
             components=components,
@@ -353,9 +354,11 @@ def _fixed_effects(model: Model, posterior: Hyperposterior) -> dict[str, list]:
     return {"term": list(model.data.terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
 
 
-def _diagnose(model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _diagnose(
+    model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray], approximate: list[str]
+) -> dict[str, Any]:
     """What should be known about the answer; each doubt is one warning and is kept."""
-    doubts = []
+    doubts = list(approximate)
     if not mode.converged:
         doubts.append(f"the search for the mode stopped early ({mode.message})")
     if posterior.pareto_k > LARGEST_K:

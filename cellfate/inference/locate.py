@@ -17,9 +17,10 @@ from cellfate.model.glmm import Model
 
 PILOT = 2000  # cells of the pilot fit
 STAGE = 8_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
-WITHIN = 3.0  # sds of the pilot's log length-scale to either side of its mode
-NARROWEST = 0.4  # e-folds to either side
+WITHIN = (5.0, 10.0)  # sds of the pilot's log length-scale below and above its mode: a posterior reaches further up
+NARROWEST = 0.1  # of that sd, at least
 ATTEMPTS = 3
+FINE = 10_000  # cells up to which columns are also taken for the last tenth of a nat; with more, that is far below what they tell
 
 Ranges = dict[str, tuple[float, float]]
 
@@ -34,26 +35,37 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
     thin = model.at(some)
     pilot = find_mode(thin, engine.pilot(thin.components, some), rule, gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
-    half = {name: max(NARROWEST, WITHIN * float(spread[names.index(name)])) for name in fields}
-    u = pilot.u
+    sd = {name: max(NARROWEST, float(spread[names.index(name)])) for name in fields}
+    u, information = pilot.u, {}
+    if model.data.n <= FINE:
+        precision = float(pilot.sites.precision.mean())
+        sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
+        information = {field: sds[field] ** 2 * precision for field in fields.values() if field in sds}
     if model.data.n > 4 * STAGE:
-        u = _second(model, engine, rule, u, half, fields)
+        u = _second(model, engine, rule, u, sd, fields)
     for _ in range(ATTEMPTS - 1):
-        focused, sharp, mode = _focused(model, engine, rule, u, half, fields)
+        focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information)
         cut = _cut(model, focused, mode.u, fields)
         if not cut:
             return focused, sharp, mode
         u = mode.u
-        half |= {name: 1.5 * half[name] for name in cut}
-    return _focused(model, engine, rule, u, half, fields)
+        sd |= {name: 1.5 * sd[name] for name in cut}
+    return _focused(model, engine, rule, u, sd, fields, information)
 
 
 def _focused(
-    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, half: dict[str, float], fields: dict[str, str]
+    model: Model,
+    engine: Engine,
+    rule: Rule,
+    u: torch.Tensor,
+    sd: dict[str, float],
+    fields: dict[str, str],
+    information: dict[str, float],
 ) -> tuple[Model, Engine, Mode]:
-    limits = _limits(model, u, half)
+    limits = _limits(model, u, sd)
     logger.debug("length-scales within %s", limits)
-    focused, sharp = model.within(limits), engine.focus({field: limits[name] for name, field in fields.items()})
+    focused = model.within(limits)
+    sharp = engine.focus({field: limits[name] for name, field in fields.items()}, information)
     return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u))
 
 
@@ -63,30 +75,28 @@ def _some(n: int, count: int) -> np.ndarray:
 
 
 def _second(
-    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, half: dict[str, float], fields: dict[str, str]
+    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, sd: dict[str, float], fields: dict[str, str]
 ) -> torch.Tensor:
-    """A better start, from a larger part of the cells; narrows `half` to what it leaves open."""
-    some, limits = _some(model.data.n, STAGE), _limits(model, u, half)
+    """A better start, from a larger part of the cells; narrows `sd` to what it leaves open."""
+    some, limits = _some(model.data.n, STAGE), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
     mode = find_mode(thin, sharp, rule, start=_not_absent(model, u))
     spread = 1 / np.sqrt(np.clip(mode.curvature.diagonal().cpu().numpy(), 1e-3, None))
     for i, parameter in enumerate(model.parameters):
-        if parameter.name in half and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
-            half[parameter.name] = max(NARROWEST, WITHIN * float(spread[i]))
+        if parameter.name in sd and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
+            sd[parameter.name] = max(NARROWEST, float(spread[i]))
     return mode.u
 
 
-def _limits(model: Model, u: torch.Tensor, half: dict[str, float]) -> Ranges:
+def _limits(model: Model, u: torch.Tensor, sd: dict[str, float]) -> Ranges:
     out = {}
     for i, parameter in enumerate(model.parameters):
-        if parameter.name in half:
+        if parameter.name in sd:
             low, high = np.log(parameter.lower), np.log(parameter.upper)
-            centre = float(np.clip(float(u[i]), low, high))
-            out[parameter.name] = (
-                float(np.exp(max(low, centre - half[parameter.name]))),
-                float(np.exp(min(high, centre + half[parameter.name]))),
-            )
+            centre, (down, up) = float(np.clip(float(u[i]), low, high)), WITHIN
+            lower, upper = centre - down * sd[parameter.name], centre + up * sd[parameter.name]
+            out[parameter.name] = float(np.exp(max(low, lower))), float(np.exp(min(high, upper)))
     return out
 
 

@@ -30,6 +30,11 @@ RESOLVED = (
     1e-11  # eigenvalues below this part of the largest are rounding: what belongs to them cannot be carried elsewhere
 )
 STEP = 32  # the rank is a multiple
+NATS, FINE = (
+    0.1,
+    512,
+)  # that truncated directions may cost of the log evidence, and columns up to which more are taken for it
+PLACE = 1 / 3  # of the reference between the bounds, in logs: estimates of a length-scale reach further up than down
 CHUNK = 2**20  # entries of a covariance at a time: they stay in cache, and memory is columns, not landmarks
 
 
@@ -134,7 +139,7 @@ class FieldBasis:
     lower: float
     upper: float
     reference: float  # the length-scale whose eigenvectors are the columns
-    tolerance: float  # on the mean of `left_out` at the geometric middle of the bounds
+    tolerance: float  # on the mean of `left_out` at the reference
     blocks: tuple[FieldBlock, ...]  # of specimens with columns
     codes: np.ndarray  # (blocks,), the specimens they belong to
     errors: tuple[
@@ -158,7 +163,7 @@ class FieldBasis:
     @property
     def verdict(self) -> str:
         """What the basis misses, in a sentence, and what to do where that is more than the tolerance."""
-        middle = math.sqrt(self.lower * self.upper)
+        middle = self.reference
         short, typical, _ = self.truncated_share
         said = (
             f"{self.rank} columns leave {typical:.1%} of the field's variance to the cells themselves at length-scale {middle:.3g}, "
@@ -271,7 +276,8 @@ def field_basis(
     *,
     specimen: np.ndarray | None = None,
     rank: int | None = None,
-    tolerance: float = 0.01,
+    tolerance: float = 0.003,
+    information: float = 0.0,
     most: int = 1024,
     landmarks: int = LANDMARKS,
     like: Tensor | None = None,
@@ -279,8 +285,9 @@ def field_basis(
     """Columns for a stationary field whose length-scale lies within `lower` and `upper`.
 
     Coordinates (n, d); `correlation` of the ratio d / l; `specimen` (n,) are codes of independent fields. The rank is the smallest
-    multiple of 32, at most `most`, that leaves out no more than `tolerance` of the variance at the geometric middle of the
-    bounds; or `rank` as given. Specimens share it: the pooled leading eigenvalues are taken. Up to `landmarks` distinct
+    multiple of 32, at most `most`, that leaves out no more than `tolerance` of the variance at the reference between the
+    bounds; or `rank` as given. Where a cell's own data say so much of the field, `information` (variance of the field times the
+    precision of a cell's data), that a truncated direction would count for more, it is larger still, up to `FINE` columns. Specimens share it: the pooled leading eigenvalues are taken. Up to `landmarks` distinct
     positions and with as many columns, the basis is exact; beyond, four landmarks a column are enough, and fewer are faster.
     """
     if not 0 < lower <= upper < math.inf:
@@ -288,9 +295,9 @@ def field_basis(
     like = torch.zeros((), dtype=torch.float64) if like is None else like
     xyz = np.ascontiguousarray(coordinates, dtype=np.float64)
     codes = np.zeros(len(xyz), dtype=np.int64) if specimen is None else np.asarray(specimen)
-    # The middle of the bounds. Eigenvectors at the lower bound err ten times as much for longer length-scales and overestimate
+    # Between the bounds. Eigenvectors at the lower bound err ten times as much for longer length-scales and overestimate
     # variances there (0.28 in a cell); those at the upper bound are rounding errors from some column on where the kernel is smooth.
-    reference = math.sqrt(lower * upper)
+    reference = lower * (upper / lower) ** PLACE
 
     extent = float(np.linalg.norm(xyz.max(0) - xyz.min(0))) or lower
     order, coarse = (order_for(correlation, lower, upper, extent, accuracy) for accuracy in (ENTRIES, VARIANCES))
@@ -299,7 +306,7 @@ def field_basis(
     n = sum(len(draft.cells) for draft in drafts)
     # among the cells that landmarks stand for, somewhat more is left out than among the landmarks
     strict = tolerance if all(draft.position is not None for draft in drafts) else 0.8 * tolerance
-    kept = _shared_rank([draft.values for draft in drafts], n, rank, strict, most)
+    kept = _shared_rank([draft.values for draft in drafts], n, rank, strict, most, information)
     blocks, measures = [], []
     for draft, m in zip(drafts, kept, strict=True):
         block, measure = draft.block(m, plan, like)
@@ -391,7 +398,7 @@ class _Draft:
         return LogChebyshev.through(lower, upper, values)
 
     def _measure(self, phi: Tensor, series: LogChebyshev, captured: LogChebyshev, plan: _Plan) -> np.ndarray:
-        """At the bounds and their middle: squared errors of covariances, squared covariances, and the variance left out.
+        """At the bounds and the reference between them: squared errors of covariances, squared covariances, and the variance left out.
 
         Covariances are those among at most 1,000 of the cells, scaled up.
         """
@@ -401,7 +408,7 @@ class _Draft:
         distance, rows = _distance(xyz, xyz), phi[torch.as_tensor(some, device=phi.device)]
         scale = (n / len(some)) ** 2
         out = np.zeros((3, 3))
-        for row, l in zip(out, (plan.lower, math.sqrt(plan.lower * plan.upper), plan.upper), strict=True):
+        for row, l in zip(out, (plan.lower, plan.reference, plan.upper), strict=True):
             lengthscale = torch.tensor(l, dtype=torch.float64, device=phi.device)
             exact = plan.correlation(distance / l)
             wrong = (rows @ series(lengthscale) @ rows.T - exact).fill_diagonal_(0)  # the diagonal is restored
@@ -477,7 +484,9 @@ def _spread(xyz: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     return centers[size > 0], size[size > 0]
 
 
-def _shared_rank(values: list[Tensor], n: int, rank: int | None, tolerance: float, most: int) -> list[int]:
+def _shared_rank(
+    values: list[Tensor], n: int, rank: int | None, tolerance: float, most: int, information: float
+) -> list[int]:
     """Columns of each specimen: the leading ones of all together, few enough and as many as it takes."""
     if not values:
         return []
@@ -486,7 +495,10 @@ def _shared_rank(values: list[Tensor], n: int, rank: int | None, tolerance: floa
     if rank is None:
         missed = 1 - ordered.cumsum(0) / n
         enough = int((missed > tolerance).sum()) + 1
-        rank = min(STEP * math.ceil(enough / STEP), most)
+        # the log evidence of a direction of variance x, in units of the noise, errs by about x^2 / 4 where it is given to the cells
+        lost = (information * ordered).square().flip(0).cumsum(0).flip(0) / 4
+        fine = min(int((lost > NATS**2).sum()) + 1, FINE)
+        rank = min(STEP * math.ceil(max(enough, fine) / STEP), most)
     owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(values)])
     kept = torch.bincount(owner[where.cpu()[:rank]], minlength=len(values))
     return [int(k) for k in kept]

@@ -181,7 +181,7 @@ def test_gradient_of_a_truncated_basis_is_that_of_its_own_free_energy():
     value = evaluate(model, engine, model.theta(steps), rule, tolerance=EXACT).free_energy
     by_difference = (value[: u.shape[1]] - value[u.shape[1] :]) / (2 * h)
     torch.testing.assert_close(found, by_difference, rtol=1e-6, atol=1e-6)
-    assert engine.report()["truncated_share_spatial"][0] > 1e-3  # there is something to give back
+    assert engine.report({})[0]["truncated_share_spatial"] > 1e-3  # there is something to give back
 
 
 def test_draws_have_the_posterior_moments():
@@ -225,3 +225,14 @@ def test_what_it_cannot_take_is_said():
     for components, text in ((two, "are trees"), (given, "covariance matrices")):
         with pytest.raises(DataError, match=text):
             choose("structured", components, 3, device=torch.device("cpu"), dtype=torch.float64)
+
+
+def test_what_a_basis_misses_is_reported():
+    model, _ = small_problem("bernoulli", seed=6)
+    for rank, doubtful in ((4, True), (model.data.n, False)):
+        engine = structured(model.components, model.data.n, rank=rank)
+        engine.prepare(model.terms(model.theta(points(model))))
+        found, doubts = engine.report({"lengthscale_spatial": 0.7})
+        assert found["rank_spatial"] <= rank
+        assert (found["truncated_share_spatial"] > 0.06) == doubtful
+        assert bool(doubts) == doubtful or rank > 4

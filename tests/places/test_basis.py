@@ -251,7 +251,7 @@ def test_the_rank_follows_the_tolerance():
     assert short.rank == 64
     assert not short.meets_tolerance
     assert "64 columns leave" in short.verdict
-    assert "more than 1.0%. Allow more columns" in short.verdict
+    assert "more than 0.3%. Allow more columns" in short.verdict
     assert basis.verdict.endswith("at the lower bound 0.2.")
 
 
