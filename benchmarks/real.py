@@ -14,7 +14,8 @@ import torch
 
 import cellfate as cf
 
-RUNS = {
+STAGES = ("32_64", "64_90", "90_120", "120_150", ">150")  # cells of the embryo
+RUNS: dict[str, tuple[str, str, dict]] = {
     "celegans_reporter_on": (
         "celegans_reporter_embryos",
         "reporter_on",
@@ -28,8 +29,15 @@ RUNS = {
         {"family": "binomial", "trials": 10, "library_key": "sample"},
     ),
     "hemibrain_log2_post_pre": ("fly_hemibrain_hemilineages", "log2_post_pre", {"family": "gaussian"}),
+    "kp_tracer_is_metastasis": ("kp_tracer_large_tree", "is_metastasis", {"family": "bernoulli", "spatial": None}),
+} | {
+    f"blastocysts_{stage}_is_EPI": (
+        "mouse_blastocysts",
+        "is_EPI_in_ICM",
+        {"family": "bernoulli", "lineage": None, "library_key": "sample", "groups": ["sample", "litter"]},
+    )
+    for stage in STAGES
 }
-LARGEST = 3000  # cells of one block
 
 
 def main() -> None:
@@ -43,8 +51,9 @@ def main() -> None:
         loader, fate, options = RUNS[name]
         adata = getattr(cf.datasets, loader)()
         adata = adata[adata.obs[fate].notna().to_numpy()].copy()
-        if "library_key" not in options and adata.n_obs > LARGEST:
-            adata = adata[np.sort(np.random.default_rng(0).choice(adata.n_obs, LARGEST, replace=False))].copy()
+        stage = name.removeprefix("blastocysts_").removesuffix("_is_EPI")
+        if stage in STAGES:
+            adata = adata[adata.obs["stage"].astype(str) == stage].copy()
         began = time.perf_counter()
         cf.tl.decompose(adata, fate, rng=0, **options)
         seconds = time.perf_counter() - began

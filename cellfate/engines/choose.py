@@ -17,7 +17,8 @@ ENGINES = ("auto", "dense", "structured")
 NOT_YET = ("iterative",)
 SHARE_OF_MEMORY = 0.7  # of what is free, for the matrices of one hyperparameter point
 DENSE_ENOUGH = 3000  # cells of a block up to which exact matrices take about as long as sweeps and columns
-WITHOUT_FIELDS = 500  # the same where sweeps are exact, there being no field to approximate
+WITHOUT_FIELDS = 500  # the same where there is no field to approximate,
+NARROW = 0.1  # and fewer columns than this part of the cells
 
 
 def free_memory(device: torch.device) -> float:
@@ -58,7 +59,8 @@ def choose(
     needed = dense.bytes_per_point()
     if name == "auto" and refused is None:
         sweeps = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
-        enough = DENSE_ENOUGH if sweeps.approximates else WITHOUT_FIELDS
+        narrow = not sweeps.approximates and sweeps.width() < NARROW * largest
+        enough = WITHOUT_FIELDS if narrow else DENSE_ENOUGH
         name = "dense" if largest <= enough and needed <= free and rank is None else "structured"
     if name == "structured":
         structured = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
