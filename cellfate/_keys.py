@@ -14,11 +14,17 @@ MODE = "mode"
 FREE_ENERGY = "free_energy"
 LOG_EVIDENCE = "log_evidence"
 DIAGNOSTICS = "diagnostics"
+ANCESTORS = "ancestors"
 
 
 def effects(key: str) -> str:
     """The `obsm` slot of per-cell effects."""
     return f"{key}_effects"
+
+
+def node_attributes(key: str) -> tuple[str, str]:
+    """Attributes of the nodes of a tree: posterior mean and sd of the lineage effect."""
+    return f"{key}_lineage_mean", f"{key}_lineage_sd"
 
 
 def missing(tree_key: str) -> str:

@@ -1,5 +1,14 @@
 """What a decomposition found, as tidy tables."""
 
-from cellfate.get.tables import components, diagnostics, draws, effects, fixed_effects, hyperparameters, params
+from cellfate.get.tables import (
+    ancestors,
+    components,
+    diagnostics,
+    draws,
+    effects,
+    fixed_effects,
+    hyperparameters,
+    params,
+)
 
-__all__ = ["components", "diagnostics", "draws", "effects", "fixed_effects", "hyperparameters", "params"]
+__all__ = ["ancestors", "components", "diagnostics", "draws", "effects", "fixed_effects", "hyperparameters", "params"]

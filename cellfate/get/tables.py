@@ -106,6 +106,26 @@ def effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return pd.DataFrame(adata.obsm[slot]).copy()
 
 
+def ancestors(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Effect of ancestry at every node of the tree, on link scale.
+
+    Needs :func:`cellfate.tl.predict` with ``"ancestors"``. A row per node, children before their parents; leaves without a cell are
+    there too.
+
+    Returns
+    -------
+    Columns `node` (its name), `tree`, `parent` (empty at a root), `depth`, posterior `mean` and `sd`, `is_leaf`, and `n_cells`, how
+    many cells of the fit are below it.
+    """
+    if _keys.ANCESTORS not in _results(adata, key):
+        call = "adata" if key == _keys.KEY else f"adata, key={key!r}"
+        first, *rest = call.split(", ")
+        raise DataError(
+            f"adata.uns[{key!r}] has no {_keys.ANCESTORS!r}. Run `cf.tl.predict({', '.join([first, repr(_keys.ANCESTORS), *rest])})` first."
+        )
+    return _table(adata, key, _keys.ANCESTORS).reset_index(drop=True)
+
+
 def params(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
     """Return the settings of the fit, by name."""
     return dict(_results(adata, key)[_keys.PARAMS])

@@ -69,10 +69,10 @@ def find_ancestry(adata: AnnData, lineage: Any, lineage_kernel: str) -> Ancestry
     return Ancestry(_read(tree, label), label, _by_specimen(tree), policy=policy, missing=missing, isolated_depth=depth)
 
 
-def match(ancestry: Ancestry, names: np.ndarray) -> tuple[Forest, np.ndarray, np.ndarray]:
+def match(ancestry: Ancestry, names: np.ndarray, *, prune: bool = True) -> tuple[Forest, np.ndarray, np.ndarray]:
     """Leaves to cells.
 
-    Returns the forest on these cells only, the node (n_kept,) of each kept cell, and which cells are kept (n_obs,).
+    Returns the forest on these cells only (whole, without `prune`), the node (n_kept,) of each kept cell, and which cells are kept (n_obs,).
     """
     forest, label = ancestry.forest, ancestry.label
     has_leaf = among(names, forest.names[forest.leaves])
@@ -84,7 +84,7 @@ def match(ancestry: Ancestry, names: np.ndarray) -> tuple[Forest, np.ndarray, np
             "missing='isolate' to give them ancestors of their own."
         )
     extra = forest.n_leaves - int(has_leaf.sum())
-    if extra:  # unobserved relatives: the covariance of the others is the same without them
+    if extra and prune:  # unobserved relatives: the covariance of the others is the same without them
         logger.info("%s: %d of %d leaves are not among the cells and are left out.", label, extra, forest.n_leaves)
         forest = forest.prune(names[has_leaf])
     _check_separates(forest, label)

@@ -64,6 +64,12 @@ def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: 
     adata.obsm[_keys.effects(key)] = effects
 
 
+def write_table(adata: AnnData, key: str, name: str, table: pd.DataFrame) -> None:
+    """Add a table to the fit under `uns[key]`."""
+    own(adata)
+    adata.uns[key][name] = table
+
+
 def own(adata: AnnData) -> None:
     """Make a view a copy of its own, which writing to it would do with a warning."""
     if adata.is_view:

@@ -1,5 +1,6 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
 from cellfate.tl.decompose import decompose
+from cellfate.tl.predict import predict
 
-__all__ = ["decompose"]
+__all__ = ["decompose", "predict"]

@@ -14,6 +14,7 @@ from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference.fit import GLMM, GLMMFit
+from cellfate.io.again import named, noted_groups
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of
@@ -186,7 +187,7 @@ def decompose(
         trials=trials,
     )
     cells = _with_specimens(cells, groups, formula, lineage_kernel, library_key)
-    components = _components(cells, lineage_kernel, spatial_kernel, lengthscale, rank)
+    components = components_of(cells, lineage_kernel, spatial_kernel, lengthscale, rank)
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
     logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
     fit = glmm.fit(
@@ -199,16 +200,19 @@ def decompose(
         "family": family,
         "link": glmm.family.link,
         "formula": formula,
-        "lineage": _named(lineage),
+        "lineage": named(lineage),
         "lineage_kernel": lineage_kernel if lineage is not None else None,
-        "spatial": _named(graph_of_field(adata, spatial, graph) if cells.graph is not None else spatial),
+        "spatial": named(graph_of_field(adata, spatial, graph) if cells.graph is not None else spatial),
         "spatial_kernel": spatial_kernel if spatial is not None else None,
         "lengthscale": lengthscale,
-        "graph": _named(graph),
-        "niche": _named(niche),
+        "graph": named(graph),
+        "niche": named(niche),
         "library_key": library_key,
         "groups": list(cells.groups),
         "slopes": list(cells.slopes),
+        **noted_groups(groups, cells.groups),
+        "offset": named(offset),
+        "trials": named(trials),
         "levels": cells.levels,
         "n_cells": len(cells.names),
         "n_specimens": len(cells.specimens),
@@ -304,9 +308,10 @@ def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
     )
 
 
-def _components(
+def components_of(
     cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None, rank: int | None
 ) -> list[Component]:
+    """The components of a fit, by what the cells come with."""
     out = []
     if cells.forest is not None and cells.leaf is not None:
         _warn_of_star(cells.forest, lineage_kernel)
@@ -341,7 +346,3 @@ def _with_truncation(fit: GLMMFit, components: list[Component]) -> GLMMFit:
                     stacklevel=3,
                 )
     return fit
-
-
-def _named(value: Any) -> str | None:
-    return value if value is None or (isinstance(value, str) and len(value) < 200) else "given"
