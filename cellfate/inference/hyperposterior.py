@@ -26,7 +26,7 @@ from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
 from cellfate.model.priors import Flat
 
-LOOSE = 0.05  # of site updates where only the free energy counts, in nats
+LOOSE, LOOSER = 0.005, 0.1  # of site updates, means in sds and the free energy in nats; with many cells
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
@@ -38,6 +38,7 @@ FIELDS, FEWER = (
 )  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
+REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
 DEEP = 25.0  # nats below which a density is as good as none
 USELESS = 1.0  # error from which on the interpolant is not used at all
 ROUNDS = 3  # of proposals
@@ -109,7 +110,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
         return _summarize(model, points, np.ones(1), draws, _Diagnostics(mode.free_energy, -np.inf, 0.0, DRAWS), rng)
     most = 48 if d <= 3 else 96 if d <= 5 else 192
-    if engine.points_at_once(MEMORY) >= MANY:
+    if engine.points_at_once(MEMORY) >= MANY and model.data.n <= LARGE:
         count = most = min(2 * most, 256)
         fill = int(FILL * count)
     else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
@@ -135,7 +136,9 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
 
     drawn = points
     while np.isfinite(cloud.error) and len(points.u) < most:
-        parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill), rng))
+        parts.append(
+            _evaluate(model, engine, rule, mode, cloud.gaps(fill, REACH if model.data.n > LARGE else np.inf), rng)
+        )
         points = _Points.join(parts)
         cloud.fit(points)
         if cloud.error <= LARGEST_ERROR:
@@ -230,9 +233,9 @@ class _Cloud:
         covariance = (centered * self._weight[:, None]).T @ centered
         return mean, np.linalg.cholesky(covariance + 1e-2 * self._scale @ self._scale.T)
 
-    def gaps(self, count: int) -> np.ndarray:
-        """Points (count, d) that are far from every evaluated one, weighed by what they would contribute."""
-        keep = self._weight > 1e-4 * self._weight.max()
+    def gaps(self, count: int, reach: float) -> np.ndarray:
+        """Points (count, d) that are far from every evaluated one, up to `reach`, weighed by what they would contribute."""
+        keep = (self._weight > 1e-4 * self._weight.max()) & (self._distance < max(reach, 1.001 * self._distance.min()))
         u, z, weight, distance = self._u[keep], self._z[keep], np.sqrt(self._weight[keep]), self._distance[keep]
         chosen = []
         for _ in range(count):
@@ -300,7 +303,7 @@ def _evaluate_chunk(
 ) -> _Points:
     theta = model.theta(u)
     start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
-    here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSE)
+    here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSER if model.data.n > LARGE else LOOSE)
     return _keep(model, u, here, here.free_energy + model.log_prior(u), generators)
 
 

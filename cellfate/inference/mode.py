@@ -286,7 +286,7 @@ def _derivatives(
             there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
             gradients.append(slope)
         else:
-            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE)
+            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=COARSE)
         means.append(there.posterior.mean)
         variances.append(there.posterior.variance.log())
     m = (torch.cat(means) - here.posterior.mean) / step[:, None]

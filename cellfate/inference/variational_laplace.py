@@ -148,7 +148,10 @@ def _accelerated(past: Anderson, now: Sites, target: Sites, step: Tensor) -> Sit
 
 
 def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites) -> tuple[Tensor, Tensor]:
-    """About how much (points,) the next update will change, without doing it, and what of it the free energy feels."""
+    """About how much (points,) the next update will change, without doing it, and what of it the free energy feels.
+
+    Means and variances count by their root mean square over cells: a single cell that is far off is felt by the free energy.
+    """
     pull = target.shift - target.precision * posterior.mean - posterior.weights
     mean_step = posterior.smooth(pull[..., None])[..., 0]
     shrinkage = (target.precision - posterior.sites.precision) * posterior.variance
@@ -156,8 +159,9 @@ def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target
     if rule.monotone:
         drift = drift + 0.5 * (pull * mean_step).sum(-1)
     smallest = torch.finfo(mean_step.dtype).tiny
-    of_means = (mean_step.abs() / posterior.variance.clamp(min=smallest).sqrt()).amax(-1)
-    return torch.maximum(torch.maximum(of_means, shrinkage.abs().amax(-1)), drift.abs()), drift
+    of_means = (mean_step.square() / posterior.variance.clamp(min=smallest)).mean(-1).sqrt()
+    of_variances = shrinkage.square().mean(-1).sqrt()
+    return torch.maximum(torch.maximum(of_means, of_variances), drift.abs()), drift
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:
