@@ -26,7 +26,7 @@ from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
 from cellfate.model.priors import Flat
 
-LOOSE, LOOSER = 0.005, 0.1  # of site updates, means in sds and the free energy in nats; with many cells
+LOOSE, LOOSER = 0.01, 0.3  # of site updates, means in sds and the free energy in nats; with many cells
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
@@ -37,8 +37,12 @@ FIELDS, FEWER = (
     6,
 )  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
 LARGEST_K = 0.7
-LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
+LARGEST_ERROR, DEAR_ERROR = (
+    0.3,
+    0.5,
+)  # of the interpolant, in log density: more points are placed while it is larger; where dear
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
+BEND, STRAIGHT = 2.0, 1e6  # posterior sds up to which an sd is taken as it is, and beyond which like its log; of others
 DEEP = 25.0  # nats below which a density is as good as none
 USELESS = 1.0  # error from which on the interpolant is not used at all
 ROUNDS = 3  # of proposals
@@ -135,13 +139,13 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
     drawn = points
+    large = model.data.n > LARGE
+    enough, reach = (DEAR_ERROR, REACH) if large else (LARGEST_ERROR, np.inf)
     while np.isfinite(cloud.error) and len(points.u) < most:
-        parts.append(
-            _evaluate(model, engine, rule, mode, cloud.gaps(fill, REACH if model.data.n > LARGE else np.inf), rng)
-        )
+        parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
         points = _Points.join(parts)
         cloud.fit(points)
-        if cloud.error <= LARGEST_ERROR:
+        if cloud.error <= enough:
             break
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
@@ -175,6 +179,8 @@ class _Cloud:
     ) -> None:
         self._proposals, self._counts = proposals, counts
         self._scale, self._centre = _factor(model, mode), mode.u.cpu().numpy()
+        sd = np.sqrt((self._scale**2).sum(1))
+        self._curve = np.where(_folded(model), BEND * sd, STRAIGHT * sd)
         d, total = len(self._centre), sum(counts)
         drawn = [
             q.draw(uniforms(max(16, CLOUD * c // total), d + 1, rng)) for q, c in zip(proposals, counts, strict=True)
@@ -189,6 +195,12 @@ class _Cloud:
     def _whiten(self, u: np.ndarray) -> np.ndarray:
         return np.linalg.solve(self._scale, (u - self._centre).T).T
 
+    def _bend(self, u: np.ndarray) -> np.ndarray:
+        """The same with an sd as it is next to zero, and like its log far from it."""
+        slope = 1 / np.hypot(1, self._centre / self._curve)
+        bent = self._curve * (np.arcsinh(u / self._curve) - np.arcsinh(self._centre / self._curve)) / slope
+        return np.linalg.solve(self._scale, bent.T).T
+
     def fit(self, points: _Points) -> bool:
         """Interpolate through `points`; False where there are too few."""
         log_ratio = points.log_posterior - _mixture(self._proposals, self._counts, points.u)
@@ -199,29 +211,29 @@ class _Cloud:
         # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
         log_ratio = np.maximum(log_ratio, log_ratio[good].max() - DEEP)
         values = np.column_stack([log_ratio[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
-        z = self._whiten(points.u[good])
-        self._distance, nearest = KDTree(z).query(self._z)
+        self._distance, nearest = KDTree(self._whiten(points.u[good])).query(self._z)
         self.error, best = np.inf, None
-        # a log density is often all but quadratic, and where it is not a quadratic is worse than none: the points decide
-        for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
-            found = surface(self._z)
-            # where it extrapolates, the ratio is not trusted to be much above what was seen
-            log_weight = np.minimum(found[:, 0], log_ratio[good].max() + 1.0)
-            smoothed, k = pareto_smooth(log_weight)
-            mass = np.bincount(nearest, np.exp(smoothed), minlength=len(z))
-            error = surface.error(mass)
-            if error < self.error:
-                self.error, self.pareto_k, self._found, self._weight = error, k, found, np.exp(smoothed)
-                self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
-                self.effective_draws = effective(smoothed)
-                best = surface.degree
+        # which coordinates and which polynomial make a log density simple differs: the points decide
+        for coordinates in (self._whiten, self._bend):
+            z, cloud = coordinates(points.u[good]), coordinates(self._u)
+            for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
+                found = surface(cloud)
+                # where it extrapolates, the ratio is not trusted to be much above what was seen
+                log_weight = np.minimum(found[:, 0], log_ratio[good].max() + 1.0)
+                smoothed, k = pareto_smooth(log_weight)
+                error = surface.error(np.bincount(nearest, np.exp(smoothed), minlength=len(z)))
+                if error < self.error:
+                    self.error, self.pareto_k, self._found, self._weight = error, k, found, np.exp(smoothed)
+                    self.log_evidence = float(logsumexp(log_weight) - np.log(self._drawn))
+                    self.effective_draws = effective(smoothed)
+                    best = z, cloud, surface.degree
         if best is None:  # no error is a number
             return False
+        z, cloud, degree = best
         self.mass = np.zeros(len(good))  # posterior mass nearest to each evaluated point
         self.mass[good] = np.bincount(nearest, self._weight, minlength=len(z))
-        influence = Surface(z, np.eye(len(z)), best)(
-            self._z
-        )  # of each point on the interpolant, for integrals of what is kept
+        # of each point on the interpolant, for integrals of what is kept
+        influence = Surface(z, np.eye(len(z)), degree)(cloud)
         self.quadrature = np.zeros(len(good))
         self.quadrature[good] = self._weight @ influence
         return True

@@ -324,7 +324,8 @@ def test_every_fit_can_be_read_again(name, tmp_path, seen):
     if FITS[name].get("spatial_kernel") == "graph" or "spatial" in FITS[name]:
         return
     library = {"library": adata.obs[FITS[name]["library_key"]]} if "library_key" in FITS[name] else {}
-    rtol = 0.4 if name == "sweeps" else 0.2  # few columns leave much of the field to the cells themselves
+    # few columns leave much of the field to the cells themselves; 256 draws know a spread with a heavy tail to a tenth
+    rtol = 0.4 if name == "sweeps" else 0.3
     agree(cf.tl.predict(adata, adata.obsm["spatial"], draws=256, rng=0, **library), effects, "spatial", rtol=rtol)
 
 
