@@ -141,12 +141,12 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     drawn = points
     large = model.data.n > LARGE
     enough, reach = (DEAR_ERROR, REACH) if large else (LARGEST_ERROR, np.inf)
-    while np.isfinite(cloud.error) and len(points.u) < most:
+    settled = large and cloud.error <= enough  # where points are cheap, gaps are filled once at any rate
+    while not settled and np.isfinite(cloud.error) and len(points.u) < most:
         parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
         points = _Points.join(parts)
         cloud.fit(points)
-        if cloud.error <= enough:
-            break
+        settled = cloud.error <= enough
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
     points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
