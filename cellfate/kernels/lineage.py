@@ -104,7 +104,8 @@ class LineageKernel(Kernel):
         return TreeGeometry(leaf, ancestor.clamp(min=0), related)
 
     def at(self, cells: np.ndarray) -> LineageKernel:
-        return replace(self, leaf=self.leaf[cells])
+        forest, leaf = self.forest.above(self.leaf[cells])  # some cells of many: most of the tree is not above any
+        return replace(self, forest=forest, leaf=leaf)
 
     def independent(self) -> np.ndarray:
         return self.forest.tree[self.leaf]

@@ -254,28 +254,36 @@ class Forest:
                 f"Pruning would leave none of the {self.n_leaves} leaves of the tree. "
                 "Check that leaf names and cell names are the same."
             )
-        left = [0] * self.n_nodes
-        alive, parent = kept.tolist(), self.parent.tolist()
-        for node, above in enumerate(parent):
-            if alive[node] and above >= 0:
-                alive[above] = True
-                left[above] += 1
-        lost = (np.array(left) == 1) & (self.n_children > 1) & ~self.is_root
+        alive, parent = self._with_ancestors(kept), self.parent.tolist()
+        left = np.bincount(self.parent[alive & ~self.is_root], minlength=self.n_nodes)
+        lost = (left == 1) & (self.n_children > 1) & ~self.is_root
         merged, length = lost.tolist(), self.branch_length.tolist()
         for node in range(self.n_nodes - 1, -1, -1):  # from the root down: a merged parent has already found its own
             above = parent[node]
             if above >= 0 and merged[above]:
                 parent[node] = parent[above]
                 length[node] += length[above]
-        stay = np.array(alive) & ~lost
+        return self._of(alive & ~lost, np.array(parent), np.array(length))[0]
+
+    def above(self, nodes: np.ndarray) -> tuple[Forest, np.ndarray]:  # (k,) -> (k,)
+        """The forest of some nodes and all their ancestors, as they are, and where in it the nodes are."""
+        kept = np.zeros(self.n_nodes, dtype=bool)
+        kept[nodes] = True
+        forest, index = self._of(self._with_ancestors(kept), self.parent, self.branch_length)
+        return forest, index[nodes]
+
+    def _with_ancestors(self, kept: np.ndarray) -> np.ndarray:  # (nodes,) bool -> (nodes,) bool
+        alive = kept.tolist()
+        for node, above in enumerate(self.parent.tolist()):
+            if alive[node] and above >= 0:
+                alive[above] = True
+        return np.array(alive)
+
+    def _of(self, stay: np.ndarray, parent: np.ndarray, length: np.ndarray) -> tuple[Forest, np.ndarray]:
+        """The forest of the nodes that stay, whose parents do, and the new index of each node."""
         index = np.append(np.cumsum(stay) - 1, -1)  # the last entry answers for parent -1
-        trees = np.unique(self.tree[stay])
-        return Forest(
-            index[np.array(parent)[stay]],
-            np.array(length)[stay],
-            self.names[stay],
-            tuple(self.tree_names[tree] for tree in trees),
-        )
+        names = tuple(self.tree_names[tree] for tree in np.unique(self.tree[stay]))
+        return Forest(index[parent[stay]], length[stay], self.names[stay], names), index
 
     @classmethod
     def join(cls, forests: Sequence[Forest], names: Sequence[str] | None = None) -> Forest:

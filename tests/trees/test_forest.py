@@ -243,3 +243,13 @@ def test_a_forest_does_not_share_memory_with_its_input():
 
 def test_repr_is_one_line():
     assert repr(FORESTS["forest"]) == "Forest(3 trees, 6 leaves, 9 nodes, height 3)"
+
+
+def test_above_keeps_paths_of_the_nodes_and_nothing_else():
+    forest = to_forest("((a:1,b:2)ab:3,((c:1,d:1)cd:2)u:1,e:4)r;")
+    nodes = forest.nodes_of(["b", "c"])
+    part, index = forest.above(nodes)
+    assert part.names.tolist() == ["b", "ab", "c", "cd", "u", "r"]  # unary nodes stay: kernels go by the branches
+    assert part.names[index].tolist() == ["b", "c"]
+    np.testing.assert_array_equal(part.depth[index], forest.depth[nodes])
+    assert part.depth[part.mrca(index)[0, 1]] == forest.depth[forest.mrca(nodes)[0, 1]]
