@@ -16,7 +16,7 @@ from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
 PILOT = 2000  # cells of the pilot fit
-STAGE = 8_000  # cells of a second fit, where there are many more: its mode is all but that of all cells
+STAGE, GROWTH = 8_000, 8  # cells of a second fit where there are many more, and how many times more the next one has
 WITHIN = (5.0, 10.0)  # sds of the pilot's log length-scale below and above its mode: a posterior reaches further up
 NARROWEST = 0.1  # of that sd, at least
 ATTEMPTS = 3
@@ -41,8 +41,10 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
         precision = float(pilot.sites.precision.mean())
         sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
         information = {field: sds[field] ** 2 * precision for field in fields.values() if field in sds}
-    if model.data.n > 4 * STAGE:
-        u = _second(model, engine, rule, u, sd, fields)
+    cells = STAGE
+    while model.data.n > 4 * cells:
+        u = _stage(model, engine, rule, u, sd, fields, cells)
+        cells *= GROWTH
     for _ in range(ATTEMPTS - 1):
         focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information)
         cut = _cut(model, focused, mode.u, fields)
@@ -74,11 +76,17 @@ def _some(n: int, count: int) -> np.ndarray:
     return np.arange(n) if n <= count else np.sort(np.random.default_rng(0).permutation(n)[:count])
 
 
-def _second(
-    model: Model, engine: Engine, rule: Rule, u: torch.Tensor, sd: dict[str, float], fields: dict[str, str]
+def _stage(
+    model: Model,
+    engine: Engine,
+    rule: Rule,
+    u: torch.Tensor,
+    sd: dict[str, float],
+    fields: dict[str, str],
+    cells: int,
 ) -> torch.Tensor:
     """A better start, from a larger part of the cells; narrows `sd` to what it leaves open."""
-    some, limits = _some(model.data.n, STAGE), _limits(model, u, sd)
+    some, limits = _some(model.data.n, cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
     mode = find_mode(thin, sharp, rule, start=_not_absent(model, u))
