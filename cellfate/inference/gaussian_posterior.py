@@ -1,0 +1,434 @@
+"""Modes and draws of the hyperposteriors of many gaussian responses, from their tabulated forms.
+
+Every function works on some of the responses at once, and finds for each what it would find for it alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from scipy.special import gammaln, logsumexp
+from scipy.stats import chi2, norm
+
+from cellfate.inference.gaussian_tables import Tables, cardinal, interpolate, lobatto
+from cellfate.inference.hyperposterior import INFLATE
+from cellfate.inference.importance import DEGREES, uniforms
+from cellfate.model.glmm import Model
+from cellfate.model.priors import HalfNormal, LogNormal, Parameter
+
+LOCAL = 12  # nodes along each axis of the part of the tables in which a posterior lies
+SCOUTS, CLOUD = 256, 4096  # points of the first and of the last proposal
+STEPS = 40  # of Newton's method
+SHARES = np.array([1.0, 0.5, 0.2, 0.05, 0.01])  # of a step that are tried
+CONVERGED = 1e-8  # nats that another step would bring
+PROBE = 0.1  # posterior sds, or units where they are not known, between points of a finite difference
+SMALLEST = 0.05  # of an sd's unit, from which the search for a mode begins at least
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Where the log posterior of each response is highest: coordinates (g, d), curvature (g, d, d)."""
+
+    u: np.ndarray
+    log_posterior: np.ndarray
+    log_prior: np.ndarray
+    curvature: np.ndarray
+    gain: np.ndarray  # that another step would bring
+    steps: int
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Weighted points of each hyperposterior: u (g, t, d), log ratio of posterior to proposal (g, t)."""
+
+    u: np.ndarray
+    log_ratio: np.ndarray
+    edge: np.ndarray  # (g,), share of the weight next to a bound of the tables that is none of the model
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Tabulated forms of some responses, in the whole range or in a part of it of each one's own."""
+
+    tables: tuple[np.ndarray, ...]  # each (g or 1, na, nb, nc, q)
+    nodes: tuple[np.ndarray, np.ndarray, np.ndarray]  # each (g or 1, order)
+
+    def __call__(self, at: np.ndarray) -> np.ndarray:
+        """Values (g, t, q) at points (g, t, 3)."""
+        found = [interpolate(table, *self.nodes, at) for table in self.tables]
+        return found[0] if len(found) == 1 else np.concatenate(found, -1)
+
+    def within(self, low: np.ndarray, high: np.ndarray) -> Forms:
+        """The same on `LOCAL` nodes between bounds (g, 3)."""
+        axes, weights = [], []
+        for i, nodes in enumerate(self.nodes):
+            axes.append(lobatto(low[:, i], high[:, i], 1 if nodes.shape[1] == 1 else LOCAL))
+            weights.append(cardinal(np.broadcast_to(nodes, (len(low), nodes.shape[1])), axes[-1]))
+        parts = []
+        for table in self.tables:
+            x = np.broadcast_to(table, (len(low), *table.shape[1:]))
+            for i, w in enumerate(weights):
+                x = np.moveaxis(x, 1 + i, 1)
+                shape = x.shape
+                x = np.moveaxis((w @ x.reshape(len(low), shape[1], -1)).reshape(len(low), -1, *shape[2:]), 1, 1 + i)
+            parts.append(x)
+        return Forms((np.ascontiguousarray(np.concatenate(parts, -1)),), (axes[0], axes[1], axes[2]))
+
+
+class Posteriors:
+    """The log posteriors of responses that share a table.
+
+    models: one a response, of which the priors are taken; scale: (k,), the tables are of responses over it; level: (k, p), what
+    was taken off each response beforehand, in columns of the design and over `scale`.
+    """
+
+    def __init__(
+        self, models: Sequence[Model], tables: Tables, scale: np.ndarray, level: np.ndarray, names: tuple[str, str, str]
+    ) -> None:
+        self.models, self.tables, self.scale, self.level = models, tables, scale, level
+        self._lineage, self._columns, self._lengthscale = names
+        self.parameters = [model.parameters for model in models]
+        self.scales = [p.scale for p in self.parameters[0]]
+        self.folded = np.array([s == "sd" for s in self.scales])
+        self.n = models[0].data.n
+        beta_sd = np.array([m.beta_sd.cpu().numpy() for m in models]).reshape(len(models), -1)
+        self.beta_precision = (scale[:, None] / beta_sd) ** 2
+        grid = tables.shared.grid
+        self._nodes = (grid.lineage.x[None], grid.lengthscale.x[None], grid.columns.x[None])
+        self._left = tables.shared.left_out if len(tables.shared.left_out) == grid.shape[1] else None
+        self._left_fixed = 0.0 if self._left is not None else float(tables.shared.left_out[0])
+
+    def forms(self, rows: np.ndarray) -> Forms:
+        return Forms((self.tables.forms[rows], self.tables.shared.forms[None]), self._nodes)
+
+    def unit(self, rows: np.ndarray) -> np.ndarray:
+        """The natural step of each coordinate (g, d)."""
+        return np.array([[p.start if p.scale == "sd" else 1.0 for p in self.parameters[i]] for i in rows])
+
+    def bounds(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        both = np.array([[p.bounds for p in self.parameters[i]] for i in rows]).reshape(len(rows), -1, 2)
+        return both[..., 0], both[..., 1]
+
+    # -- densities -----------------------------------------------------------------------------------------------------
+
+    def log_prior(self, rows: np.ndarray, u: np.ndarray) -> np.ndarray:  # (g, t, d) -> (g, t)
+        total = np.zeros(u.shape[:2])
+        for k in range(u.shape[-1]):
+            total += _log_density([self.parameters[i][k] for i in rows], u[..., k])
+        return total
+
+    def ratios(self, rows: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Coordinates (g, t, 3) in the tables, the own variance (g, t) over the squared scale, and which are outside."""
+        g, t, d = u.shape
+        values = {
+            name: value.numpy().reshape(g, t)
+            for name, value in self.models[0].theta(torch.as_tensor(u.reshape(g * t, d))).values.items()
+        }
+        grid, unit = self.tables.shared.grid, self.scale[rows][:, None]
+
+        def variance(name: str) -> np.ndarray:
+            return (values[f"sd_{name}"] / unit) ** 2 if name else np.zeros((g, t))
+
+        at, outside = np.zeros((g, t, 3)), np.zeros((g, t), dtype=bool)
+        left: np.ndarray | float = self._left_fixed
+        if self._lengthscale:
+            at[..., 1] = np.log(values[self._lengthscale])
+            low, high = grid.lengthscale.x[[0, -1]]
+            outside |= (at[..., 1] < low - 1e-9) | (at[..., 1] > high + 1e-9)
+            at[..., 1] = np.clip(at[..., 1], low, high)
+            if self._left is not None:
+                one = np.zeros((1, 1))
+                left = interpolate(self._left[None, None, :, None, None], one, self._nodes[1], one, at)[..., 0]
+        spatial = variance(self._columns)
+        v = (values["sd_residual"] / unit) ** 2 + spatial * np.maximum(left, 0.0)
+        for i, (part, axis) in enumerate(((variance(self._lineage), grid.lineage), (spatial, grid.columns))):
+            place = axis.coordinate(part / v)
+            if len(axis.x) > 1:
+                outside |= place > axis.x[-1] + 1e-9
+                at[..., 2 * i] = np.clip(place, axis.x[0], axis.x[-1])
+        return at, v, outside
+
+    def log_posterior(self, rows: np.ndarray, u: np.ndarray, forms: Forms) -> np.ndarray:  # (g, t, d) -> (g, t)
+        at, v, outside = self.ratios(rows, u)
+        value = self.log_likelihood(rows, v, forms(at)) + self.log_prior(rows, u)
+        return np.where(outside, -np.inf, value)
+
+    def log_likelihood(self, rows: np.ndarray, v: np.ndarray, found: np.ndarray) -> np.ndarray:
+        value = _log_likelihood(found, v, self.beta_precision[rows], self.level[rows], float(self.n))
+        return value - self.n * np.log(self.scale[rows])[:, None]
+
+    def beta(self, row: int, u: np.ndarray, forms: Forms) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (t, p) and lower factor (t, p, p) of the covariance of the fixed effects at points u (t, d)."""
+        rows = np.array([row])
+        p = self.level.shape[1]
+        if not p:
+            return np.zeros((len(u), 0)), np.zeros((len(u), 0, 0))
+        at, v, _ = self.ratios(rows, u[None])
+        found, v = forms(at)[0], v[0]
+        i, j = np.tril_indices(p)
+        precision = np.zeros((len(u), p, p))
+        precision[:, i, j] = precision[:, j, i] = found[:, 2 + p :]
+        prior = v[:, None] * self.beta_precision[row]
+        precision[:, range(p), range(p)] += prior
+        shift = np.linalg.solve(precision, (found[:, 1 : 1 + p] - prior * self.level[row])[..., None])[..., 0]
+        factor = np.linalg.cholesky(np.linalg.inv(precision) * v[:, None, None])
+        return self.scale[row] * (shift + self.level[row]), self.scale[row] * factor
+
+    # -- modes ---------------------------------------------------------------------------------------------------------
+
+    def start(self, rows: np.ndarray) -> np.ndarray:
+        """The best node of the tables, with the own variance at its best there: coordinates (g, d)."""
+        return self.scan(rows)[0]
+
+    def scan(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """That, and the log posterior with the own variance at its best (g, *nodes)."""
+        grid = self.tables.shared.grid
+        a, b, c = np.meshgrid(grid.lineage.natural, grid.lengthscale.x, grid.columns.natural, indexing="ij")
+        left = np.full(len(grid.lengthscale.x), self._left_fixed) if self._left is None else self._left
+        rest = 1 - c * np.broadcast_to(left[:, None], c.shape[1:])
+        shared = np.broadcast_to(self.tables.shared.forms, (len(rows), *self.tables.shared.forms.shape))
+        found = np.concatenate([self.tables.forms[rows], shared], -1).reshape(len(rows), a.size, -1)
+        ones = np.ones(found.shape[:2])
+        v = _quadratic(found, ones, self.beta_precision[rows], self.level[rows]) / self.n
+        unit = self.scale[rows][:, None]
+        natural = {"sd_residual": np.sqrt(v * np.maximum(rest.ravel(), 1e-6)) * unit}
+        natural |= {f"sd_{self._lineage}": np.sqrt(v * a.ravel()) * unit}
+        natural |= {f"sd_{self._columns}": np.sqrt(v * c.ravel()) * unit}
+        natural |= {self._lengthscale: np.broadcast_to(np.exp(b.ravel()), v.shape)}
+        columns = [
+            natural[p.name] if p.scale == "sd" else np.log(natural[p.name]) for p in self.parameters[int(rows[0])]
+        ]
+        u = np.stack(columns, -1)
+        value = self.log_likelihood(rows, v, found) + self.log_prior(rows, u)
+        value = np.where((rest.ravel() > 1e-6) & np.isfinite(value), value, -np.inf)
+        best = value.argmax(1)
+        return u[np.arange(len(rows)), best], value.reshape(len(rows), *a.shape)
+
+    def modes(self, rows: np.ndarray) -> Modes:
+        """By Newton's method, from the best node."""
+        forms, unit = self.forms(rows), self.unit(rows)
+        low, high = self.bounds(rows)
+        u = np.where(self.folded, np.maximum(self.start(rows), SMALLEST * unit), self.start(rows))
+        u = np.clip(u, low, high)
+        probe, active = 0.2 * PROBE * unit, np.ones(len(rows), dtype=bool)
+        value, gain = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
+        curvature = np.zeros((*u.shape, u.shape[1]))
+        steps = 0
+        for steps in range(1, STEPS + 1):  # noqa: B007
+            on = np.flatnonzero(active)
+            some = _take(forms, on)
+            here, slope, bend = self._derivatives(rows[on], u[on], probe[on], some)
+            scaled, pull = bend * unit[on][:, :, None] * unit[on][:, None, :], slope * unit[on]
+            stuck = ((u[on] <= low[on]) & (pull < 0)) | ((u[on] >= high[on]) & (pull > 0))
+            scaled = np.where(stuck[:, :, None] | stuck[:, None, :], 0.0, scaled)
+            pull = np.where(stuck, 0.0, pull)
+            values, vectors = np.linalg.eigh(scaled)
+            size = np.maximum(np.abs(values), 1e-2)
+            move = ((vectors / size[:, None, :]) @ (vectors.mT @ pull[..., None]))[..., 0]
+            move *= np.minimum(1.0, 1.0 / np.maximum(np.abs(move).max(-1), 1e-300))[:, None]
+            curvature[on], value[on], gain[on] = bend, here, 0.5 * (pull * move).sum(-1)
+            tried = np.clip(
+                u[on][:, None] + SHARES[:, None] * (move * unit[on])[:, None], low[on][:, None], high[on][:, None]
+            )
+            there = np.nan_to_num(self.log_posterior(rows[on], tried, some), nan=-np.inf)
+            best = there.argmax(1)
+            better = there[np.arange(len(on)), best] > here
+            u[on[better]] = tried[better, best[better]]
+            sd = 1 / np.sqrt(np.maximum(np.diagonal(bend, axis1=1, axis2=2), 1 / (2 * unit[on]) ** 2))
+            settled = np.abs(probe[on] / (PROBE * sd) - 1).max(-1) < 0.5
+            probe[on] = PROBE * sd
+            active[on] = ~(settled & ((gain[on] < CONVERGED) | ~better))
+            if not active.any():
+                break
+        u = np.where(self.folded, np.abs(u), u)
+        value, slope, curvature = self._derivatives(rows, u, probe, forms)
+        prior = self.log_prior(rows, u[:, None])[:, 0]
+        return Modes(u, value, prior, curvature, gain, steps)
+
+    def _derivatives(
+        self, rows: np.ndarray, u: np.ndarray, h: np.ndarray, forms: Forms
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log posterior (g,), its slope (g, d) and minus its second derivative (g, d, d), by central differences."""
+        d = u.shape[1]
+        pairs = [(i, j) for i in range(d) for j in range(i)]
+        eye = np.eye(d)
+        offsets = np.concatenate(
+            [np.zeros((1, d)), eye, -eye, *([[eye[i] + eye[j], -eye[i] - eye[j]] for i, j in pairs])]
+        )
+        f = self.log_posterior(rows, u[:, None] + offsets * h[:, None], forms)
+        f = np.maximum(f, f[:, :1] - 1e6)
+        up, down, both = f[:, 1 : 1 + d], f[:, 1 + d : 1 + 2 * d], f[:, 1 + 2 * d :]
+        bend = np.zeros((len(u), d, d))
+        bend[:, range(d), range(d)] = -(up + down - 2 * f[:, :1]) / h**2
+        for k, (i, j) in enumerate(pairs):
+            mixed = both[:, 2 * k] + both[:, 2 * k + 1] - up[:, i] - up[:, j] - down[:, i] - down[:, j] + 2 * f[:, 0]
+            bend[:, i, j] = bend[:, j, i] = -mixed / (2 * h[:, i] * h[:, j])
+        return f[:, 0], (up - down) / (2 * h), bend
+
+    # -- draws ---------------------------------------------------------------------------------------------------------
+
+    def cloud(self, rows: np.ndarray, modes: Modes, turns: Sequence[np.random.Generator]) -> tuple[Cloud, Forms]:
+        """Points of a proposal that was fitted to those of a first one, weighted by the posterior."""
+        forms, (low, high) = self.forms(rows), self.bounds(rows)
+        location, factor = modes.u, _factor(modes.curvature, self.unit(rows))
+        for count in (SCOUTS, CLOUD):
+            proposal = Proposals(location, INFLATE * factor, self.folded)
+            u = proposal.draw(count, turns)
+            inside = ((u >= low[:, None]) & (u <= high[:, None])).all(-1)
+            at, _, outside = self.ratios(rows, np.where(inside[..., None], u, location[:, None]))
+            inside &= ~outside
+            if count == CLOUD:
+                held = np.where(inside[..., None], at, np.nan)
+                forms = forms.within(np.nanmin(held, 1), np.nanmax(held, 1))
+            value = self.log_posterior(rows, np.where(inside[..., None], u, location[:, None]), forms)
+            log_ratio = np.where(inside, np.nan_to_num(value, nan=-np.inf) - proposal.log_density(u), -np.inf)
+            weight = np.exp(log_ratio - logsumexp(log_ratio, axis=1, keepdims=True))
+            if count == SCOUTS:
+                capped = np.minimum(weight, 8 / SCOUTS)  # a single point is no shape
+                capped /= capped.sum(1, keepdims=True)
+                centre = (capped[..., None] * u).sum(1)
+                apart = u - centre[:, None]
+                spread = np.einsum("gt,gti,gtj->gij", capped, apart, apart)
+                location, factor = centre, np.linalg.cholesky(spread + 0.05 * factor @ factor.mT)
+        return Cloud(u, log_ratio, self._edge(rows, at, weight)), forms
+
+    def _edge(self, rows: np.ndarray, at: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Share of the weight in the last fiftieth of the tables' axes, where the model itself goes on."""
+        grid, near = self.tables.shared.grid, np.zeros(weight.shape, dtype=bool)
+        for i, axis in ((0, grid.lineage), (2, grid.columns)):
+            if len(axis.x) > 1:
+                near |= at[..., i] > axis.x[-1] - np.ptp(axis.x) / 50
+        if self._lengthscale and len(grid.lengthscale.x) > 1:
+            (own,) = (p for p in self.parameters[int(rows[0])] if p.name == self._lengthscale)
+            x, reach = grid.lengthscale.x, np.ptp(grid.lengthscale.x) / 50
+            if math.log(own.lower) < x[0] - 1e-6:
+                near |= at[..., 1] < x[0] + reach
+            if math.log(own.upper) > x[-1] + 1e-6:
+                near |= at[..., 1] > x[-1] - reach
+        return np.where(near, weight, 0.0).sum(1)
+
+
+class Proposals:
+    """Folded Student-t distributions, see :class:`cellfate.inference.importance.FoldedT`, one a response."""
+
+    def __init__(self, location: np.ndarray, factor: np.ndarray, folded: np.ndarray) -> None:
+        self.location, self.factor, self.folded = location, factor, folded
+
+    def draw(self, count: int, turns: Sequence[np.random.Generator]) -> np.ndarray:  # (g, count, d)
+        """The same points for all, each time turned about the centre at random."""
+        d = self.location.shape[1]
+        z = _standard(count, d)
+        turn = np.linalg.qr(np.array([rng.standard_normal((d, d)) for rng in turns]))[0]
+        u = self.location[:, None] + z @ (self.factor @ turn).mT
+        return np.where(self.folded, np.abs(u), u)
+
+    def log_density(self, u: np.ndarray) -> np.ndarray:  # (g, t, d) -> (g, t)
+        d, where = u.shape[-1], np.flatnonzero(self.folded)
+        constant = gammaln((DEGREES + d) / 2) - gammaln(DEGREES / 2) - 0.5 * d * np.log(DEGREES * np.pi)
+        constant = constant - np.log(np.diagonal(self.factor, axis1=1, axis2=2)).sum(-1)
+        inverse, total = np.linalg.inv(self.factor).mT, np.zeros(u.shape[:2])
+        for signs in itertools.product((1.0, -1.0), repeat=len(where)):
+            mirror = np.ones(d)
+            mirror[where] = signs
+            square = (((u * mirror - self.location[:, None]) @ inverse) ** 2).sum(-1)
+            total += (1 + square / DEGREES) ** (-0.5 * (DEGREES + d))
+        with np.errstate(divide="ignore"):
+            return np.log(total) + constant[:, None]
+
+
+_POINTS: dict[tuple[int, int], np.ndarray] = {}
+
+
+def _standard(count: int, d: int) -> np.ndarray:
+    """Quasi-random points (count, d) of a standard Student-t; always the same ones."""
+    if (count, d) not in _POINTS:
+        uniform = uniforms(count, d + 1, np.random.default_rng(0))
+        radius = np.sqrt(DEGREES / chi2.ppf(uniform[:, -1], DEGREES))
+        _POINTS[count, d] = norm.ppf(uniform[:, :-1]) * radius[:, None]
+    return _POINTS[count, d]
+
+
+def _factor(curvature: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Lower factors of the inverse curvatures, no wider than three units in any direction."""
+    values, vectors = np.linalg.eigh(curvature * unit[:, :, None] * unit[:, None, :])
+    values = np.clip(values, 1 / 9, None)
+    return np.linalg.cholesky((vectors / values[:, None, :]) @ vectors.mT * unit[:, :, None] * unit[:, None, :])
+
+
+def _take(forms: Forms, rows: np.ndarray) -> Forms:
+    if all(len(rows) == len(table) for table in forms.tables if len(table) > 1):
+        return forms
+    return Forms(tuple(table[rows] if len(table) > 1 else table for table in forms.tables), forms.nodes)
+
+
+def _log_density(parameters: list[Parameter], u: np.ndarray) -> np.ndarray:  # (g, t)
+    """Log prior of one coordinate of each response."""
+    first, x = parameters[0], torch.as_tensor(u)
+    if all(p.prior == first.prior for p in parameters):
+        return first.log_density(x).numpy()
+    if first.scale in ("sd", "log") and all(isinstance(p.prior, HalfNormal) for p in parameters):
+        scale = np.array([p.prior.scale for p in parameters if isinstance(p.prior, HalfNormal)])[:, None]
+        natural = first.natural(x).numpy()
+        value = 0.5 * math.log(2 / math.pi) - np.log(scale) - 0.5 * (natural / scale) ** 2
+        return value + u if first.scale == "log" else value
+    if first.scale == "log" and all(isinstance(p.prior, LogNormal) for p in parameters):
+        priors = [p.prior for p in parameters if isinstance(p.prior, LogNormal)]
+        median, sd = np.array([[p.median, p.sd] for p in priors]).T[..., None]
+        return -0.5 * ((u - np.log(median)) / sd) ** 2 - np.log(sd) - 0.5 * math.log(2 * math.pi)
+    return np.stack([p.log_density(row).numpy() for p, row in zip(parameters, x, strict=True)])
+
+
+@numba.njit(cache=True, parallel=True, nogil=True)
+def _log_likelihood(found, v, precision, level, n):  # type: ignore[no-untyped-def]
+    """Of responses whose forms are `found` (g, t, (1 + p) + (1 + p (p + 1) / 2)), own variance v, fixed effects integrated."""
+    g, t = v.shape
+    out = np.empty((g, t))
+    p = precision.shape[1]
+    for flat in numba.prange(g * t):
+        i, j = flat // t, flat % t
+        f, own = found[i, j], v[i, j]
+        square, log_det = _reduced(f, own, precision[i], level[i], p)
+        out[i, j] = -0.5 * ((n - p) * np.log(own) + f[1 + p] + log_det + square / own + n * np.log(2 * np.pi))
+    return out
+
+
+@numba.njit(cache=True, parallel=True, nogil=True)
+def _quadratic(found, v, precision, level):  # type: ignore[no-untyped-def]
+    """The quadratic form alone."""
+    g, t = v.shape
+    out = np.empty((g, t))
+    for flat in numba.prange(g * t):
+        i, j = flat // t, flat % t
+        out[i, j] = _reduced(found[i, j], v[i, j], precision[i], level[i], precision.shape[1])[0]
+    return out
+
+
+@numba.njit(cache=True)
+def _reduced(f, own, precision, level, p):  # type: ignore[no-untyped-def]
+    """What y' V^-1 y is less what the fixed effects explain, and log|V| less that without them, by Cholesky's method."""
+    lower, shift = np.empty((p, p)), np.empty(p)
+    square, log_det, at = f[0], 0.0, 2 + p
+    for a in range(p):
+        prior = own * precision[a]
+        square += prior * level[a] ** 2
+        value = f[1 + a] - prior * level[a]
+        for b in range(a + 1):
+            entry = f[at]
+            at += 1
+            if a == b:
+                entry += prior
+            for c in range(b):
+                entry -= lower[a, c] * lower[b, c]
+            lower[a, b] = np.sqrt(entry) if a == b else entry / lower[b, b]
+        for c in range(a):
+            value -= lower[a, c] * shift[c]
+        shift[a] = value / lower[a, a]
+        square -= shift[a] ** 2
+        log_det += 2 * np.log(lower[a, a]) - np.log(precision[a])
+    return square, log_det
