@@ -89,7 +89,7 @@ def _stage(
     some, limits = _some(model.data.n, cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
-    mode = find_mode(thin, sharp, rule, start=_not_absent(model, u))
+    mode = find_mode(thin, sharp, rule, start=_not_absent(model, u), gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(mode.curvature.diagonal().cpu().numpy(), 1e-3, None))
     for i, parameter in enumerate(model.parameters):
         if parameter.name in sd and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
