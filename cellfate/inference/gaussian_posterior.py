@@ -15,8 +15,18 @@ import numpy as np
 import torch
 from scipy.special import gammaln, logsumexp
 from scipy.stats import chi2, norm
+from torch import Tensor
 
-from cellfate.inference.gaussian_tables import Tables, cardinal, interpolate, lobatto
+from cellfate.inference.gaussian_tables import (
+    NEGLIGIBLE,
+    SPACING,
+    Tables,
+    Tabulation,
+    cardinal,
+    contract,
+    interpolate,
+    lobatto,
+)
 from cellfate.inference.hyperposterior import INFLATE
 from cellfate.inference.importance import DEGREES, uniforms
 from cellfate.model.glmm import Model
@@ -24,6 +34,8 @@ from cellfate.model.priors import HalfNormal, LogNormal, Parameter
 
 LOCAL = 12  # nodes along each axis of the part of the tables in which a posterior lies
 SCOUTS, CLOUD = 256, 4096  # points of the first and of the last proposal
+FAR = 8.0  # posterior sds up to which these tables reach
+AROUND = (3.0, 1.5, 3.0), (1.0, 0.5, 1.0)  # the same about where a mode is first sought, and about the mode
 STEPS = 40  # of Newton's method
 SHARES = np.array([1.0, 0.5, 0.2, 0.05, 0.01])  # of a step that are tried
 CONVERGED = 1e-8  # nats that another step would bring
@@ -49,6 +61,8 @@ class Cloud:
 
     u: np.ndarray
     log_ratio: np.ndarray
+    own_variance: np.ndarray  # (g, t), over the squared scale of the response
+    forms: np.ndarray  # (g, t, q)
     edge: np.ndarray  # (g,), share of the weight next to a bound of the tables that is none of the model
 
 
@@ -58,11 +72,32 @@ class Forms:
 
     tables: tuple[np.ndarray, ...]  # each (g or 1, na, nb, nc, q)
     nodes: tuple[np.ndarray, np.ndarray, np.ndarray]  # each (g or 1, order)
+    correction: Forms | None = None  # to be added, constant beyond its nodes
+    beyond: Forms | None = None  # what holds outside of the nodes
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
         """Values (g, t, q) at points (g, t, 3)."""
-        found = [interpolate(table, *self.nodes, at) for table in self.tables]
-        return found[0] if len(found) == 1 else np.concatenate(found, -1)
+        near = at if self.beyond is None else self.clip(at)
+        parts = [interpolate(table, *self.nodes, near) for table in self.tables]
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+        if self.beyond is not None:
+            far = (near != at).any(-1)
+            for row in np.flatnonzero(far.any(1)):
+                found[row, far[row]] = self.beyond.of(int(row))(at[row, far[row]][None])[0]
+        return found if self.correction is None else found + self.correction(self.correction.clip(at))
+
+    def clip(self, at: np.ndarray) -> np.ndarray:
+        low, high = (np.stack([nodes[:, end] for nodes in self.nodes], -1)[:, None] for end in (0, -1))
+        return np.clip(at, low, high)
+
+    def of(self, row: int) -> Forms:
+        """Those of one response."""
+        return _take(self, np.array([row]))
+
+    def about(self, middle: np.ndarray, reach: np.ndarray) -> Forms:
+        """What :meth:`within` gives up to `reach` from points (g, 3), as far as there are nodes."""
+        low, high = (np.stack([nodes[0, end] for nodes in self.nodes]) for end in (0, -1))
+        return self.within(np.maximum(middle - reach, low), np.minimum(middle + reach, high))
 
     def within(self, low: np.ndarray, high: np.ndarray) -> Forms:
         """The same on `LOCAL` nodes between bounds (g, 3)."""
@@ -78,7 +113,9 @@ class Forms:
                 shape = x.shape
                 x = np.moveaxis((w @ x.reshape(len(low), shape[1], -1)).reshape(len(low), -1, *shape[2:]), 1, 1 + i)
             parts.append(x)
-        return Forms((np.ascontiguousarray(np.concatenate(parts, -1)),), (axes[0], axes[1], axes[2]))
+        table = np.ascontiguousarray(np.concatenate(parts, -1))
+        beyond = Forms(self.tables, self.nodes)
+        return Forms((table,), (axes[0], axes[1], axes[2]), self.correction, beyond)
 
 
 class Posteriors:
@@ -97,15 +134,61 @@ class Posteriors:
         self.scales = [p.scale for p in self.parameters[0]]
         self.folded = np.array([s == "sd" for s in self.scales])
         self.n = models[0].data.n
+        self.correction: Forms | None = None
         beta_sd = np.array([m.beta_sd.cpu().numpy() for m in models]).reshape(len(models), -1)
         self.beta_precision = (scale[:, None] / beta_sd) ** 2
         grid = tables.shared.grid
         self._nodes = (grid.lineage.x[None], grid.lengthscale.x[None], grid.columns.x[None])
         self._left = tables.shared.left_out if len(tables.shared.left_out) == grid.shape[1] else None
-        self._left_fixed = 0.0 if self._left is not None else float(tables.shared.left_out[0])
+        self._left_fixed = float(tables.shared.left_out[0])
 
     def forms(self, rows: np.ndarray) -> Forms:
-        return Forms((self.tables.forms[rows], self.tables.shared.forms[None]), self._nodes)
+        correction = None if self.correction is None else _take(self.correction, rows)
+        return Forms((self.tables.forms[rows], self.tables.shared.forms[None]), self._nodes, correction)
+
+    def correct(self, tabulation: Tabulation, y: Tensor, modes: Modes) -> int:
+        """Add what cells keep for themselves, from exact values at points about the modes of all responses y (n, k).
+
+        The points are on a grid of their own, so that neighbors share them. Returns how many points it took.
+        """
+        rows, grid = np.arange(len(self.models)), self.tables.shared.grid
+        at = self.ratios(rows, modes.u[:, None])[0]
+        axes = [
+            _regular(axis.x, step)
+            for axis, step in zip((grid.lineage, grid.lengthscale, grid.columns), SPACING, strict=True)
+        ]
+        middle = np.stack([_nearest(x, at[:, 0, i]) for i, x in enumerate(axes)], -1)  # (k, 3)
+        sd = np.interp(at[:, 0, 1], grid.lengthscale.x, np.broadcast_to(self.tables.shared.left_out_sd, grid.shape[1]))
+        needed = self.n * (np.exp(at[:, 0, 2]) * sd) ** 2 / 4 > NEGLIGIBLE
+        sides = [np.arange(len(x)) if len(x) < 3 else np.arange(-1, 2) for x in axes]
+        where = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
+        base = np.where([len(x) < 3 for x in axes], 0, middle)
+        index = base[:, None, None, None] + where  # (k, 3, 3, 3, 3)
+        nodes = [x[base[:, [i]] + sides[i]] for i, x in enumerate(axes)]
+        p = self.level.shape[1]
+        width = 1 + p + 1 + p * (p + 1) // 2
+        table = np.zeros((*index.shape[:-1], width))
+        flat, of = index.reshape(len(rows), -1, 3), table.reshape(len(rows), -1, width)
+        keys = np.ravel_multi_index(tuple(np.moveaxis(flat, -1, 0)), [len(x) for x in axes])
+        count = 0
+        for key in np.unique(keys[needed]):
+            some, slot = np.nonzero((keys == key) & needed[:, None])
+            point = np.array([x[i] for x, i in zip(axes, np.unravel_index(key, [len(x) for x in axes]), strict=True)])
+            ratio, left = (
+                math.exp(point[2]) - grid.columns.base,
+                np.interp(point[1], grid.lengthscale.x, self.tables.shared.left_out),
+            )
+            if ratio * left > 0.9:  # no residual variance is left there
+                continue
+            shared, own = tabulation.exact(y[:, torch.as_tensor(some)], (point[0], point[1], point[2]))
+            weights = [cardinal(nodes[0], point[[i]])[0] for i, nodes in enumerate(self._nodes)]
+            of[some, slot, : 1 + p] = own - contract(self.tables.forms, some, *weights)
+            of[some, slot, 1 + p :] = shared - contract(
+                self.tables.shared.forms[None], np.zeros(1, dtype=int), *weights
+            )
+            count += 1
+        self.correction = Forms((table,), (nodes[0], nodes[1], nodes[2]))
+        return count
 
     def unit(self, rows: np.ndarray) -> np.ndarray:
         """The natural step of each coordinate (g, d)."""
@@ -155,24 +238,26 @@ class Posteriors:
         return at, v, outside
 
     def log_posterior(self, rows: np.ndarray, u: np.ndarray, forms: Forms) -> np.ndarray:  # (g, t, d) -> (g, t)
+        return self.look(rows, u, forms)[0]
+
+    def look(self, rows: np.ndarray, u: np.ndarray, forms: Forms) -> tuple[np.ndarray, ...]:
+        """Log posterior (g, t), where in the tables (g, t, 3), own variance (g, t) and forms (g, t, q) of points u (g, t, d)."""
         at, v, outside = self.ratios(rows, u)
-        value = self.log_likelihood(rows, v, forms(at)) + self.log_prior(rows, u)
-        return np.where(outside, -np.inf, value)
+        found = forms(at)
+        value = self.log_likelihood(rows, v, found) + self.log_prior(rows, u)
+        return np.where(outside, -np.inf, value), at, v, found
 
     def log_likelihood(self, rows: np.ndarray, v: np.ndarray, found: np.ndarray) -> np.ndarray:
         value = _log_likelihood(found, v, self.beta_precision[rows], self.level[rows], float(self.n))
         return value - self.n * np.log(self.scale[rows])[:, None]
 
-    def beta(self, row: int, u: np.ndarray, forms: Forms) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (t, p) and lower factor (t, p, p) of the covariance of the fixed effects at points u (t, d)."""
-        rows = np.array([row])
+    def beta(self, row: int, v: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (t, p) and lower factor (t, p, p) of the covariance of the fixed effects, where forms are `found` (t, q)."""
         p = self.level.shape[1]
         if not p:
-            return np.zeros((len(u), 0)), np.zeros((len(u), 0, 0))
-        at, v, _ = self.ratios(rows, u[None])
-        found, v = forms(at)[0], v[0]
+            return np.zeros((len(v), 0)), np.zeros((len(v), 0, 0))
         i, j = np.tril_indices(p)
-        precision = np.zeros((len(u), p, p))
+        precision = np.zeros((len(v), p, p))
         precision[:, i, j] = precision[:, j, i] = found[:, 2 + p :]
         prior = v[:, None] * self.beta_precision[row]
         precision[:, range(p), range(p)] += prior
@@ -210,12 +295,14 @@ class Posteriors:
         best = value.argmax(1)
         return u[np.arange(len(rows)), best], value.reshape(len(rows), *a.shape)
 
-    def modes(self, rows: np.ndarray) -> Modes:
-        """By Newton's method, from the best node."""
+    def modes(self, rows: np.ndarray, start: np.ndarray | None = None) -> Modes:
+        """By Newton's method, from `start` (g, d) or the best node."""
         forms, unit = self.forms(rows), self.unit(rows)
         low, high = self.bounds(rows)
-        u = np.where(self.folded, np.maximum(self.start(rows), SMALLEST * unit), self.start(rows))
-        u = np.clip(u, low, high)
+        u = self.start(rows) if start is None else start
+        u = np.clip(np.where(self.folded, np.maximum(u, SMALLEST * unit), u), low, high)
+        at = self.ratios(rows, u[:, None])[0][:, 0]
+        forms = forms.about(at, np.array(AROUND[0] if start is None else AROUND[1]))
         probe, active = 0.2 * PROBE * unit, np.ones(len(rows), dtype=bool)
         value, gain = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
         curvature = np.zeros((*u.shape, u.shape[1]))
@@ -273,7 +360,7 @@ class Posteriors:
 
     # -- draws ---------------------------------------------------------------------------------------------------------
 
-    def cloud(self, rows: np.ndarray, modes: Modes, turns: Sequence[np.random.Generator]) -> tuple[Cloud, Forms]:
+    def cloud(self, rows: np.ndarray, modes: Modes, turns: Sequence[np.random.Generator]) -> Cloud:
         """Points of a proposal that was fitted to those of a first one, weighted by the posterior."""
         forms, (low, high) = self.forms(rows), self.bounds(rows)
         location, factor = modes.u, _factor(modes.curvature, self.unit(rows))
@@ -281,12 +368,7 @@ class Posteriors:
             proposal = Proposals(location, INFLATE * factor, self.folded)
             u = proposal.draw(count, turns)
             inside = ((u >= low[:, None]) & (u <= high[:, None])).all(-1)
-            at, _, outside = self.ratios(rows, np.where(inside[..., None], u, location[:, None]))
-            inside &= ~outside
-            if count == CLOUD:
-                held = np.where(inside[..., None], at, np.nan)
-                forms = forms.within(np.nanmin(held, 1), np.nanmax(held, 1))
-            value = self.log_posterior(rows, np.where(inside[..., None], u, location[:, None]), forms)
+            value, at, v, found = self.look(rows, np.where(inside[..., None], u, location[:, None]), forms)
             log_ratio = np.where(inside, np.nan_to_num(value, nan=-np.inf) - proposal.log_density(u), -np.inf)
             weight = np.exp(log_ratio - logsumexp(log_ratio, axis=1, keepdims=True))
             if count == SCOUTS:
@@ -296,7 +378,10 @@ class Posteriors:
                 apart = u - centre[:, None]
                 spread = np.einsum("gt,gti,gtj->gij", capped, apart, apart)
                 location, factor = centre, np.linalg.cholesky(spread + 0.05 * factor @ factor.mT)
-        return Cloud(u, log_ratio, self._edge(rows, at, weight)), forms
+                middle = (capped[..., None] * at).sum(1)
+                reach = FAR * np.sqrt((capped[..., None] * (at - middle[:, None]) ** 2).sum(1)) + 1e-3
+                forms = forms.about(middle, reach)
+        return Cloud(u, log_ratio, v, found, self._edge(rows, at, weight))
 
     def _edge(self, rows: np.ndarray, at: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Share of the weight in the last fiftieth of the tables' axes, where the model itself goes on."""
@@ -362,9 +447,25 @@ def _factor(curvature: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def _take(forms: Forms, rows: np.ndarray) -> Forms:
-    if all(len(rows) == len(table) for table in forms.tables if len(table) > 1):
-        return forms
-    return Forms(tuple(table[rows] if len(table) > 1 else table for table in forms.tables), forms.nodes)
+    tables = tuple(table[rows] if len(table) > 1 else table for table in forms.tables)
+    a, b, c = (nodes[rows] if len(nodes) > 1 else nodes for nodes in forms.nodes)
+    correction = None if forms.correction is None else _take(forms.correction, rows)
+    beyond = None if forms.beyond is None else _take(forms.beyond, rows)
+    return Forms(tables, (a, b, c), correction, beyond)
+
+
+def _regular(nodes: np.ndarray, step: float) -> np.ndarray:
+    """Points at about a distance of `step` over the range of an axis."""
+    if len(nodes) == 1:
+        return nodes
+    return np.linspace(nodes[0], nodes[-1], 1 + max(2, math.ceil(np.ptp(nodes) / step)))
+
+
+def _nearest(points: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The nearest of regular points that has a neighbor on either side."""
+    if len(points) < 3:
+        return np.zeros(len(x), dtype=np.int64)
+    return np.clip(np.rint((x - points[0]) / (points[1] - points[0])).astype(np.int64), 1, len(points) - 2)
 
 
 def _log_density(parameters: list[Parameter], u: np.ndarray) -> np.ndarray:  # (g, t)

@@ -6,12 +6,14 @@ the fixed effects. For each :math:`\gamma` one whitening along the tree serves e
 problem of the columns, as in FaST-LMM (Lippert et al. 2011); then a :math:`\rho` is a sum over columns. All are smooth in
 :math:`\log(\gamma + \gamma_0)`, :math:`\log l`, :math:`\log(\rho + \rho_0)`: values at Chebyshev nodes give them everywhere.
 
-:math:`\bar d(l)`, the mean of what truncated columns leave to the cells, is part of :math:`v`; of what differs between cells the leading
-pattern, :math:`D(l) - \bar d(l) \approx \sigma(l) f`, moves the forms by little, and smoothly: that is worked out on a coarser grid.
+:math:`\bar d(l)`, the mean of what truncated columns leave to the cells, is part of :math:`v`. What differs between cells moves the
+forms by little: it is left out of the tables, and worked out exactly at a few points near each response's mode
+(:meth:`Tabulation.corrections`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numba
@@ -27,8 +29,8 @@ from cellfate.trees.sweeps import TreeFactor
 
 BASE = 1e-3  # added to a ratio before the logarithm: below it, a component is all but absent
 LARGEST_RATIO = 300.0  # of a component's variance to the residual's that the grid holds
-LARGEST_PATTERN = 0.5  # of the variance that differs between cells, in units of what they share
-PATTERNS = (0.25, 1.0)  # of that, where its effect is worked out
+SPACING = (1.0, 0.5, 1.0)  # of the points along the axes at which what cells keep for themselves is worked out exactly
+NEGLIGIBLE = 1e-3  # nats that it may amount to, and is not worked out
 COLUMNS = 128  # responses at a time, always as many: what is found for one does not depend on its company
 
 
@@ -50,9 +52,6 @@ class Axis:
 
     def coordinate(self, value: np.ndarray) -> np.ndarray:
         return np.log(value + self.base)
-
-    def every(self, step: int) -> Axis:
-        return Axis(self.x[::step], self.base)
 
 
 def lobatto(low: float | np.ndarray, high: float | np.ndarray, order: int) -> np.ndarray:  # (..., order)
@@ -99,7 +98,7 @@ class Shared:
     grid: Grid
     forms: np.ndarray
     left_out: np.ndarray  # (lengthscale,), mean over cells of D(l), for unit variance
-    pattern_rest: float  # what the leading pattern misses of D - mean, rms over cells at the worst length-scale
+    left_out_sd: np.ndarray  # (lengthscale,), sd over cells of the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,82 +127,70 @@ class Tabulation:
                 continue
             self.columns, self.roots = z, square_root(part)
             own = own if part.own is None else part.own
-        self.left_out = own.mean(-1)  # (lengthscale,)
-        rest = own - self.left_out[:, None]
-        # the leading pattern over cells, by one small eigenvalue problem
-        lead = torch.linalg.eigh(rest @ rest.mT)[1][:, -1]
-        pattern = (lead * lead.sum().sign()) @ rest
-        size = pattern.square().mean().sqrt()
-        self.pattern = pattern / size if float(size) > 0 else torch.zeros_like(pattern)
-        self.spread = rest @ self.pattern / self.n  # sigma(l)
-        missed = (rest - self.spread[:, None] * self.pattern).square().mean(-1).sqrt()
-        self.pattern_rest = float(missed.max())
+        self.left_out, self.left_out_sd = own.mean(-1), own.std(-1, correction=0)
+        self.components = components
+        self._at_lengthscale: dict[float, tuple[Tensor, Tensor]] = {}
 
     def tabulate(self, y: Tensor) -> Tables:
         """Forms of responses y (n, k)."""
-        grid = self.grid
-        shared, forms = self._over(y, grid.lineage, grid.lengthscale, [0.0])
-        shared, forms = shared[0], forms[0]
-        if bool((self.spread.abs() > 1e-9).any()):
-            more_shared, more = self._corrections(y)
-            shared, forms = shared + more_shared, forms + more
-        about = Shared(grid, shared, self.left_out.cpu().numpy(), self.pattern_rest)
-        return Tables(about, forms)
+        shared, forms = self._over(y)
+        return Tables(Shared(self.grid, shared, self.left_out.cpu().numpy(), self.left_out_sd.cpu().numpy()), forms)
 
-    def _corrections(self, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """What the pattern over cells changes, at all nodes."""
-        grid = self.grid
-        steps = [2 if len(grid.lineage.x) > 8 else 1, 3 if len(grid.lengthscale.x) > 6 else 1]
-        lineage, lengthscale = grid.lineage.every(steps[0]), grid.lengthscale.every(steps[1])
-        spread = self.spread.cpu().numpy()[:: steps[1]]
-        left = self.left_out.cpu().numpy()[:: steps[1]]
-        # amounts (lengthscale, columns), no larger than where all of the own variance is what columns leave out
-        amount = spread[:, None] * np.minimum(grid.columns.natural, 1 / np.maximum(left, 1e-12)[:, None])
-        floor = float(-self.pattern.min())
-        top = min(float(amount.max()), LARGEST_PATTERN, 0.9 / max(floor, 1e-12))
-        amount = np.minimum(amount, top)
-        levels = [0.0, *(top * share for share in PATTERNS)]
-        shared, forms = self._over(y, lineage, lengthscale, levels)
-        weights = _polynomial(np.array(levels), amount)  # (levels, lengthscale, columns)
-        weights[0] -= 1.0
-        change = np.einsum("sjk,sijkq->ijkq", weights, shared), np.einsum("sjk,srijkq->rijkq", weights, forms)
-        along = cardinal(lineage.x, grid.lineage.x), cardinal(lengthscale.x, grid.lengthscale.x)
-        first = np.einsum("Ii,Jj,ijkq->IJkq", *along, change[0], optimize=True)
-        k = change[1].shape
-        wide = along[0] @ change[1].reshape(k[0], k[1], -1)
-        wide = along[1] @ wide.reshape(k[0] * len(along[0]), k[2], -1)
-        return first, wide.reshape(k[0], len(along[0]), len(along[1]), k[3], k[4])
-
-    def _over(self, y: Tensor, lineage: Axis, lengthscale: Axis, levels: list[float]) -> tuple[np.ndarray, np.ndarray]:
-        """Forms (levels, lineage, lengthscale, columns, ...) and (levels, responses, lineage, ...), patterns at `levels`."""
-        p, k, ratio = self.design.shape[1], y.shape[1], torch.as_tensor(self.grid.columns.natural).to(y)
-        at = np.searchsorted(self.grid.lengthscale.x, lengthscale.x - 1e-12)
+    def _over(self, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Forms (lineage, lengthscale, columns, ...) that are shared, and those of each response (responses, lineage, ...)."""
+        grid, p, k = self.grid, self.design.shape[1], y.shape[1]
+        ratio = torch.as_tensor(grid.columns.natural).to(y)[:, None]
         lower = torch.tril_indices(p, p)
-        nodes = len(lineage.x), len(lengthscale.x), len(ratio)
-        shared = np.empty((len(levels), *nodes, 1 + lower.shape[1]))
-        forms = np.empty((len(levels), k, *nodes, 1 + p))
-        for s, level in enumerate(levels):
-            for i, gamma in enumerate(lineage.natural):
-                known = self._products(y, float(gamma), level)
-                for j, node in enumerate(at):
-                    root = self.roots[min(node, len(self.roots) - 1)]
-                    values, vectors = torch.linalg.eigh(root.mT @ known.zz @ root)
-                    values = values.clamp(min=0.0)
-                    turn = vectors.mT @ root.mT
-                    zx, zy = turn @ known.zx, turn @ known.zy
-                    weight = ratio[:, None] / (1 + ratio[:, None] * values)  # (columns, m)
-                    shared[s, i, j, :, 0] = (known.log_det + torch.log1p(ratio[:, None] * values).sum(-1)).cpu()
-                    inner = known.xx - torch.einsum("rm,mp,mq->rpq", weight, zx, zx)
-                    shared[s, i, j, :, 1:] = inner[:, lower[0], lower[1]].cpu()
-                    forms[s, :, i, j, :, 0] = (known.yy[:, None] - zy.square().mT @ weight.mT).cpu()
-                    for q in range(p):
-                        cross = known.xy[q][:, None] - (zy * zx[:, q, None]).mT @ weight.mT
-                        forms[s, :, i, j, :, 1 + q] = cross.cpu()
+        shared = np.empty((*grid.shape, 1 + lower.shape[1]))
+        forms = np.empty((k, *grid.shape, 1 + p))
+        ones = y.new_ones(self.n)
+        for i, gamma in enumerate(grid.lineage.natural):
+            known = self._products(y, float(gamma), ones)
+            for j in range(grid.shape[1]):
+                root = self.roots[min(j, len(self.roots) - 1)]
+                values, vectors = torch.linalg.eigh(root.mT @ known.zz @ root)
+                values = values.clamp(min=0.0)
+                turn = vectors.mT @ root.mT
+                zx, zy = turn @ known.zx, turn @ known.zy
+                weight = ratio / (1 + ratio * values)  # (columns, m)
+                shared[i, j, :, 0] = (known.log_det + torch.log1p(ratio * values).sum(-1)).cpu()
+                inner = known.xx - torch.einsum("rm,mp,mq->rpq", weight, zx, zx)
+                shared[i, j, :, 1:] = inner[:, lower[0], lower[1]].cpu()
+                forms[:, i, j, :, 0] = (known.yy[:, None] - zy.square().mT @ weight.mT).cpu()
+                for q in range(p):
+                    forms[:, i, j, :, 1 + q] = (known.xy[q][:, None] - (zy * zx[:, q, None]).mT @ weight.mT).cpu()
         return shared, forms
 
-    def _products(self, y: Tensor, gamma: float, level: float) -> _Products:
-        """Products of columns, design and responses with the inverse of `I + gamma A + level diag(pattern)`."""
-        precision = 1 / (1 + level * self.pattern)
+    def exact(self, y: Tensor, at: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+        """Shared forms (1 + p (p + 1) / 2,) and those of responses y (k, 1 + p) at a point, with what each cell keeps for itself."""
+        grid, p = self.grid, self.design.shape[1]
+        gamma = max(math.exp(at[0]) - grid.lineage.base, 0.0)
+        ratio = max(math.exp(at[2]) - grid.columns.base, 0.0)
+        root, own = self._spectrum(at[1])
+        known = self._products(y, gamma, 1 / (1 + ratio * (own - own.mean())))
+        capacity = torch.eye(len(root)).to(root) + ratio * root.mT @ known.zz @ root
+        lower = torch.linalg.cholesky(capacity)
+        half = ratio**0.5 * torch.linalg.solve_triangular(lower, root.mT, upper=False)
+        zx, zy = half @ known.zx, half @ known.zy
+        i, j = torch.tril_indices(p, p)
+        log_det = known.log_det + 2 * lower.diagonal().log().sum()
+        shared = torch.cat([log_det[None], (known.xx - zx.mT @ zx)[i, j]])
+        forms = torch.cat([(known.yy - zy.square().sum(0))[:, None], (known.xy - zx.mT @ zy).mT], 1)
+        return shared.cpu().numpy(), forms.cpu().numpy()
+
+    def _spectrum(self, lengthscale: float) -> tuple[Tensor, Tensor]:
+        """Root of the spectrum (m, m), and own variances (n,), of columns of unit variance at a log length-scale."""
+        if lengthscale not in self._at_lengthscale:
+            at = self.engine.like.new_tensor([math.exp(lengthscale)])
+            for component in self.components:
+                part, z = part_of(self.engine, component, at)
+                if z is not None:
+                    own = self.engine.like.new_zeros(1, self.n) if part.own is None else part.own
+                    self._at_lengthscale[lengthscale] = square_root(part)[0], own[0]
+        return self._at_lengthscale[lengthscale]
+
+    def _products(self, y: Tensor, gamma: float, precision: Tensor) -> _Products:
+        """Products of columns, design and responses with the inverse of `gamma A + diag(1 / precision)`."""
         factor: TreeFactor | Independent
         if self.tree is None or self.tree.walk is None:
             factor = Independent(torch.zeros_like(precision), precision)
@@ -252,17 +239,7 @@ def part_of(engine: StructuredEngine, component: Component, lengthscale: Tensor)
     return part, None if isinstance(kernel, LineageKernel) else engine.columns([term])[0]
 
 
-def _polynomial(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:  # (k,), (...) -> (k, ...)
-    """Weights of the values at any nodes in the polynomial through them (Lagrange)."""
-    out = np.ones((len(nodes), *x.shape))
-    for i, a in enumerate(nodes):
-        for j, b in enumerate(nodes):
-            if i != j:
-                out[i] *= (x - b) / (a - b)
-    return out
-
-
-@numba.njit(cache=True, fastmath=False)
+@numba.njit(cache=True)
 def _weights(nodes, x, out):  # type: ignore[no-untyped-def]
     order = len(nodes)
     if order == 1:
@@ -306,4 +283,19 @@ def interpolate(table, a, b, c, at):  # type: ignore[no-untyped-def]
                     for z in range(nc):
                         for r in range(q):
                             out[i, j, r] += w * wc[z] * table[of, x, y, z, r]
+    return out
+
+
+@numba.njit(cache=True, parallel=True, nogil=True)
+def contract(table, rows, a, b, c):  # type: ignore[no-untyped-def]
+    """Values (g, q) of some rows of `table` (k, na, nb, nc, q) at one point, from the weights of the nodes along each axis."""
+    out = np.zeros((len(rows), table.shape[4]))
+    for i in numba.prange(len(rows)):
+        for x in range(len(a)):
+            for y in range(len(b)):
+                w = a[x] * b[y]
+                if w != 0.0:
+                    for z in range(len(c)):
+                        for r in range(table.shape[4]):
+                            out[i, r] += w * c[z] * table[rows[i], x, y, z, r]
     return out
