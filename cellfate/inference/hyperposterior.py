@@ -26,7 +26,7 @@ from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
 from cellfate.model.priors import Flat
 
-LOOSE, LOOSER = 0.01, 0.3  # of site updates, means in sds and the free energy in nats; with many cells
+LOOSE, LOOSER = 0.01, 0.03  # of site updates, means in sds and the free energy in nats; with many cells
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps

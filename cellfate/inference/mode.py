@@ -16,7 +16,7 @@ from cellfate.model.glmm import Model
 MEMORY = 6e8  # bytes for the matrices of a batch of hyperparameter points
 TIGHT = 1e-4  # of site updates where derivatives are taken
 COARSE = 1e-3  # the same, far from the mode
-LARGE_COARSE = 0.3  # the same, with many cells: nats of the free energy, which knows most of what is left to do
+LARGE_COARSE = 0.03  # the same, with many cells: what the free energy gains by an update, where they settle slowly far more is left
 CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
@@ -286,7 +286,7 @@ def _derivatives(
             there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
             gradients.append(slope)
         else:
-            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE / 10)
+            there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE)
         means.append(there.posterior.mean)
         variances.append(there.posterior.variance.log())
     m = (torch.cat(means) - here.posterior.mean) / step[:, None]
