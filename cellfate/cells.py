@@ -38,6 +38,7 @@ class Cells:
     slopes: dict[str, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict
     )  # name -> codes and covariate, each (n,)
+    correlated: dict[str, str] = field(default_factory=dict)  # groups whose intercepts covary with these slopes
     graph: csr_array | None = None  # (n_obs, n_obs) weights between neighbors, also those that are not kept
     niche: np.ndarray | None = None  # (n, q) features averaged over the neighbors
 
@@ -56,6 +57,11 @@ class Cells:
         arrays.update({f"groups[{name!r}]": codes for name, codes in self.groups.items()})
         for name, pair in self.slopes.items():
             arrays |= {f"slopes[{name!r}]": pair[0], f"slopes[{name!r}] (covariate)": pair[1]}
+        for name, slopes in self.correlated.items():
+            if name not in self.groups or slopes not in self.slopes:
+                raise DataError(
+                    f"Cells.correlated joins {name!r} and {slopes!r}. Give intercepts and slopes of these names."
+                )
         for slot, array in arrays.items():
             if array is not None and len(array) != n:
                 raise DataError(f"Cells.{slot} has {len(array)} rows for {n} cells. Give one row per cell.")

@@ -139,6 +139,12 @@ def _add_decompose(commands: Any) -> None:
         "specimens",
     )
     command.add_argument(
+        "--interaction", action="store_true", default=ABSENT, help="also the interaction of ancestry and neighborhood"
+    )
+    command.add_argument(
+        "--olre", action="store_true", default=ABSENT, help="an effect of its own for every cell: overdispersed counts"
+    )
+    command.add_argument(
         "--priors",
         nargs="+",
         metavar="NAME=PRIOR",
@@ -255,7 +261,7 @@ def _groups(words: list[str]) -> list[str] | dict[str, str]:
     if words == ["none"]:
         return []
     parts = [word.partition("=") for word in words]
-    if not any(formula.lstrip().startswith("~") for _, _, formula in parts):
+    if not any(formula.lstrip().startswith(("~", "(")) for _, _, formula in parts):
         return words
     names = [name for name, _, _ in parts]
     if len(set(names)) < len(names):

@@ -32,7 +32,7 @@ def entries(kernel: Kernel, **values) -> Tensor:
     """Covariance (..., n, n) of all cells of a kernel as one block, as it is before it is scaled."""
     structure = kernel.structure({name: double(value) for name, value in values.items()}, double(0.0))
     if isinstance(structure, Basis):
-        return (structure.phi * structure.spectrum[..., None, :]) @ structure.phi.mT
+        return structure.among(structure.phi[None])[..., 0, :, :]
     return structure.dense(kernel.geometry(torch.arange(kernel.n)[None]))[..., 0, :, :]
 
 

@@ -12,6 +12,7 @@ from cellfate.engines.dense import DenseEngine
 from cellfate.engines.structured import StructuredEngine, refusal
 from cellfate.errors import DataError, unknown
 from cellfate.kernels.base import Component
+from cellfate.kernels.product import Product
 
 ENGINES = ("auto", "dense", "structured")
 NOT_YET = ("iterative",)
@@ -51,6 +52,8 @@ def choose(
         raise DataError(f"rank is {rank!r}, wanted the number of columns for a spatial field, such as 256, or None.")
     free = SHARE_OF_MEMORY * free_memory(device)
     refused = refusal(components)
+    if name == "structured" and any(isinstance(c.kernel, Product) for c in components):
+        raise NotImplementedError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")
     if name == "structured" and refused:
         raise DataError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")
     dense = DenseEngine(components, n, device=device, dtype=dtype)

@@ -42,14 +42,14 @@ def invert_lower(lower: Tensor, leaf: int = 128) -> Tensor:
 
 @dataclass
 class DensePrior:
-    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `spectrum`: diagonal of S (..., m); `slots`: whose they are.
+    """`blocks`: A per stack (..., blocks, s, s); `columns`: Z (n, m); `factor`: F (..., m, m), F F' = S; `slots`: whose they are.
 
     `terms` and `units`: the components it was made of, with their covariances at variance 1 per stack.
     """
 
     blocks: list[Tensor]
     columns: Tensor
-    spectrum: Tensor
+    factor: Tensor
     slots: dict[str, slice]
     terms: tuple[Term, ...]
     units: dict[str, list[Tensor]]
@@ -91,8 +91,7 @@ class DenseEngine(Engine):
         if term.name in self._constant:
             return self._constant[term.name]
         if isinstance(term.structure, Basis):
-            parts = self.blocks.gather(term.structure.phi)
-            unit = [(part * term.structure.spectrum[..., None, None, :]) @ part.mT for part in parts]
+            unit = [term.structure.among(part) for part in self.blocks.gather(term.structure.phi)]
         else:
             assert isinstance(term.structure, Dense)
             if term.name not in self._geometry:
@@ -101,7 +100,7 @@ class DenseEngine(Engine):
             unit = [term.structure.dense(geometry).to(self.like) for geometry in self._geometry[term.name]]
         if term.normalized:
             unit = self._normalize(term, unit)
-        if all(h.fixed is not None for h in self._kernels[term.name].hyperparameters):
+        if self._kernels[term.name].constant:
             unit = [k[0] if k.ndim > 3 else k for k in unit]  # the same at every point
             self._constant[term.name] = unit
         return unit
@@ -122,16 +121,19 @@ class DenseEngine(Engine):
         return [term.variance[..., None, None, None] * k for k in self._unit(term)]
 
     def _shared(self, terms: Sequence[Term]) -> tuple[Tensor, Tensor, dict[str, slice]]:
-        """Columns Z (n, m) and spectrum (..., m) of the components that cross blocks, and where those of each stand."""
-        phi, spectrum, slots, width = [self.like.new_zeros(self.n, 0)], [self.like.new_zeros(0)], {}, 0
+        """Columns Z (n, m) of the components that cross blocks, the factor F (..., m, m), and where those of each stand."""
+        phi, roots, slots, width = [self.like.new_zeros(self.n, 0)], [], {}, 0
         for term in terms:
             if not self._inside(term):
                 assert isinstance(term.structure, Basis)
                 slots[term.name] = slice(width, width := width + term.structure.phi.shape[1])
                 phi.append(term.structure.phi)
-                spectrum.append(term.variance[..., None] * term.structure.spectrum)
-        batch = torch.broadcast_shapes(*(s.shape[:-1] for s in spectrum))
-        return torch.cat(phi, -1), torch.cat([s.expand(*batch, -1) for s in spectrum], -1), slots
+                roots.append(term.variance.sqrt()[..., None, None] * term.structure.factor())
+        batch = torch.broadcast_shapes(*(root.shape[:-2] for root in roots)) if roots else ()
+        factor = self.like.new_zeros(*batch, width, width)
+        for slot, root in zip(slots.values(), roots, strict=True):
+            factor[..., slot, slot] = root
+        return torch.cat(phi, -1), factor, slots
 
     def prepare(self, terms: Sequence[Term]) -> DensePrior:
         units = {term.name: self._unit(term) for term in terms if self._inside(term)}
@@ -145,8 +147,8 @@ class DenseEngine(Engine):
     def select(self, prior: object, index: Tensor) -> DensePrior:
         assert isinstance(prior, DensePrior)
         blocks = [k[index] if k.ndim > 3 else k for k in prior.blocks]
-        spectrum = prior.spectrum[index] if prior.spectrum.ndim > 1 else prior.spectrum
-        return DensePrior(blocks, prior.columns, spectrum, prior.slots, (), {})
+        factor = prior.factor[index] if prior.factor.ndim > 2 else prior.factor
+        return DensePrior(blocks, prior.columns, factor, prior.slots, (), {})
 
     def condition(self, terms: Sequence[Term], sites: Sites, prior: object | None = None) -> DensePosterior:
         prepared = self.prepare(terms) if prior is None else prior
@@ -196,7 +198,7 @@ class DensePosterior(LowRankPosterior):
                 lower = torch.where((info != 0)[..., None, None], torch.full_like(lower, torch.nan), lower)
             self._log_det = self._log_det + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             self._lower.append(invert_lower(lower))
-        self._join(prior.columns, torch.diag_embed(prior.spectrum.sqrt()), sites)
+        self._join(prior.columns, prior.factor, sites)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -298,17 +300,35 @@ class DensePosterior(LowRankPosterior):
             bar = cotangent(i)
             for term, unit in inside:
                 total = total + term.variance * (bar * unit[i]).sum((-3, -2, -1))
-        columns, spectrum, _ = engine._shared(terms)
-        if columns.shape[1]:
-            rz = self.residual(columns)
-            zb = columns.mT @ b
-            bar = 0.5 * zb.square() - 0.5 * (columns * rz).sum(-2)[..., None]
-            if pair is not None:
-                bar = bar + (columns.mT @ pair[..., None]) * zb
-            if omega is not None:
-                bar = bar + (rz.square() * omega[..., None]).sum(-2)[..., None]
-            total = total + (bar[..., 0] * spectrum).sum(-1)
+        columns, slots = self.prior.columns, self.prior.slots
+        if not slots:
+            return total
+        rz, zb = self.residual(columns), columns.mT @ b
+        for term in terms:
+            if term.name in slots:
+                slot = slots[term.name]
+                total = total + self._moved(term, columns[:, slot], rz[..., slot], zb[..., slot, :], pair, omega)
         return total
+
+    def _moved(
+        self, term: Term, z: Tensor, rz: Tensor, zb: Tensor, pair: Tensor | None, omega: Tensor | None
+    ) -> Tensor:
+        """What :meth:`surrogate` is for a component of shared columns `z`: the derivative in its spectrum, times that."""
+        assert isinstance(term.structure, Basis)
+        variance, spectrum = term.variance[..., None], term.structure.spectrum
+        if not term.structure.diagonal:
+            whole = 0.5 * zb @ zb.mT - 0.5 * z.mT @ rz
+            if pair is not None:
+                whole = whole + (z.mT @ pair[..., None]) @ zb.mT
+            if omega is not None:
+                whole = whole + rz.mT @ (omega[..., None] * rz)
+            return (whole * variance[..., None] * spectrum).sum((-2, -1))
+        bar = 0.5 * zb.square() - 0.5 * (z * rz).sum(-2)[..., None]
+        if pair is not None:
+            bar = bar + (z.mT @ pair[..., None]) * zb
+        if omega is not None:
+            bar = bar + (rz.square() * omega[..., None]).sum(-2)[..., None]
+        return (bar[..., 0] * variance * spectrum).sum(-1)
 
     # -- components ----------------------------------------------------------------------------------------------------
 
@@ -323,8 +343,8 @@ class DensePosterior(LowRankPosterior):
             parts = zip(self._unit(term), self.engine.blocks.gather(x), strict=True)
             return term.variance[..., None, None] * self.engine.blocks.scatter([k @ part for k, part in parts])
         assert isinstance(term.structure, Basis)
-        phi, spectrum = term.structure.phi, term.variance[..., None] * term.structure.spectrum
-        return phi @ (spectrum[..., None] * (phi.mT @ x))
+        phi = term.structure.phi
+        return phi @ (term.variance[..., None, None] * term.structure.times(phi.mT @ x))
 
     def component_mean(self, term: Term) -> Tensor:
         return self._term_times(term, self.weights[..., None])[..., 0]
@@ -345,13 +365,13 @@ class DensePosterior(LowRankPosterior):
     def coefficients(self, term: Term) -> tuple[Tensor, Tensor]:
         assert isinstance(term.structure, Basis)
         phi = term.structure.phi
-        spectrum = (term.variance[..., None] * term.structure.spectrum).expand(*self.mean.shape[:-1], -1)
         if not self.engine._inside(term):
             # by the capacity matrix: the difference below has no digits left where a prior is wide
             return self._coefficients_at(self.prior.slots[term.name])
-        mean = spectrum * (phi.mT @ self.weights[..., None])[..., 0]
+        prior = term.variance[..., None, None] * term.structure.matrix()
+        mean = (prior @ (phi.mT @ self.weights[..., None]))[..., 0]
         inner = phi.mT @ self.residual(phi.expand(*self.mean.shape[:-1], *phi.shape))
-        covariance = torch.diag_embed(spectrum) - spectrum[..., :, None] * inner * spectrum[..., None, :]
+        covariance = prior - prior @ inner @ prior
         return mean, (covariance + covariance.mT) / 2
 
     def sample(self, terms: Sequence[Term], count: int, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
@@ -372,9 +392,8 @@ class DensePosterior(LowRankPosterior):
                 drawn[term.name] = term.variance.sqrt()[..., None, None] * unit
             else:
                 assert isinstance(term.structure, Basis)
-                spectrum = term.variance[..., None] * term.structure.spectrum
-                z = normal(spectrum.shape[-1])
-                drawn[term.name] = term.structure.phi @ (spectrum.sqrt()[..., None] * z)
+                z = term.structure.spread(normal(term.structure.phi.shape[1]))
+                drawn[term.name] = term.variance.sqrt()[..., None, None] * (term.structure.phi @ z)
         u = sum(drawn.values(), start=self.mean.new_zeros(()))
         xi = normal(self.engine.n)
         correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - self._noise(xi)

@@ -19,9 +19,9 @@ from cellfate.engines.base import Engine, Sites
 from cellfate.engines.lowrank import COLUMNS
 from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
 from cellfate.errors import DataError
-from cellfate.kernels.base import Basis, Component, Given, Term, sample_variance
-from cellfate.kernels.groups import Intercepts
+from cellfate.kernels.base import Basis, Component, Diagonal, Given, Term, sample_variance
 from cellfate.kernels.lineage import LineageKernel, TreeSteps
+from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SpatialKernel, Stationary
 from cellfate.places.basis import LANDMARKS, FieldBasis, field_basis
 from cellfate.trees.plan import TreePlan
@@ -129,14 +129,7 @@ class StructuredEngine(Engine):
         """Columns (n, m) of a component; None where it has none."""
         if isinstance(term.structure, Stationary):
             return self.field(term.name).phi
-        if isinstance(term.structure, Basis) and not self._is_own(term):
-            return term.structure.phi
-        return None
-
-    def _is_own(self, term: Term) -> bool:
-        """Whether a component is an effect of each cell alone."""
-        kernel = self._kernels.get(term.name)
-        return isinstance(kernel, Intercepts) and len(np.unique(kernel.codes)) == self.n
+        return term.structure.phi if isinstance(term.structure, Basis) else None
 
     def part(self, term: Term) -> Part:
         """A component at its hyperparameters, differentiable in them."""
@@ -153,14 +146,21 @@ class StructuredEngine(Engine):
             scale = term.variance / self._scale(term.name, *moments)
             spectrum = scale[..., None, None] * field.spectrum(structure.lengthscale)
             return Part(spectrum=spectrum, diagonal=False, own=scale[..., None] * field.left_out(structure.lengthscale))
-        assert isinstance(structure, Basis)
         scale = term.variance[..., None]
+        if isinstance(structure, Diagonal):
+            return Part(own=scale * structure.variances)
+        assert isinstance(structure, Basis)
+        if structure.root is not None:
+            assert not term.normalized
+            return Part(
+                spectrum=scale[..., None] * structure.spectrum,
+                diagonal=False,
+                root=scale[..., None].sqrt() * structure.root,
+            )
         if term.normalized:
             trace = (structure.spectrum * structure.phi.square().sum(0)).sum(-1)
             total = (structure.spectrum * structure.phi.sum(0).square()).sum(-1)
             scale = scale / self._scale(term.name, trace, total)[..., None]
-        if self._is_own(term):
-            return Part(own=(scale * structure.spectrum).expand(*scale.shape[:-1], self.n))
         return Part(spectrum=scale * structure.spectrum)
 
     def _scale(self, name: str, trace: Tensor, total: Tensor) -> Tensor:
@@ -259,6 +259,9 @@ def refusal(components: Sequence[Component]) -> str | None:
     """Why this engine cannot serve the components; None where it can."""
     given = [c.name for c in components if isinstance(c.kernel, Given)]
     trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
+    products = [c.name for c in components if isinstance(c.kernel, Product)]
+    if products:
+        return f"components {products} are interactions, products of two kernels, for which it has no factor yet"
     if given:
         return f"components {given} are covariance matrices, which have no structure"
     if len(trees) > 1:
@@ -286,5 +289,7 @@ def square_root(part: Part) -> Tensor:
     assert spectrum is not None
     if part.diagonal:
         return torch.diag_embed(spectrum.sqrt())
+    if part.root is not None:
+        return part.root
     values, vectors = torch.linalg.eigh(spectrum)
     return vectors * values.clamp(min=0.0).sqrt()[..., None, :]

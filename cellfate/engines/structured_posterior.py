@@ -67,7 +67,7 @@ class Walk:
 class Part:
     """A component at a batch of points: steps along the tree, a spectrum over its columns, variances of single cells.
 
-    spectrum: (..., m) where it is `diagonal`, else (..., m, m); own: (..., n). All hold the component's variance and its
+    spectrum: (..., m) where it is `diagonal`, else (..., m, m), with a `root` where one is known; own: (..., n). All hold the component's variance and its
     normalization.
     """
 
@@ -75,12 +75,12 @@ class Part:
     spectrum: Tensor | None = None
     own: Tensor | None = None
     diagonal: bool = True
+    root: Tensor | None = None
 
     def __getitem__(self, index: Tensor) -> Part:
         walk = None if self.walk is None else self.walk[index]
-        return Part(
-            walk, _pick(self.spectrum, 2 if self.diagonal else 3, index), _pick(self.own, 2, index), self.diagonal
-        )
+        spectrum = _pick(self.spectrum, 2 if self.diagonal else 3, index)
+        return Part(walk, spectrum, _pick(self.own, 2, index), self.diagonal, _pick(self.root, 3, index))
 
 
 def _pick(x: Tensor | None, ndim: int, index: Tensor) -> Tensor | None:

@@ -61,8 +61,8 @@ def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 
     Needs :func:`cellfate.tl.decompose`. Rows are those of `lengthscale_spatial` (units of the coordinates; hops on a graph), `alpha_lineage`
     (ou, with `half_life_lineage` = ln 2 / alpha, in units of branch length), `lambda_lineage` (pagel), `rate_lineage`
-    (early_burst) and `dispersion` (negative_binomial) that the model has; none for some. One that was held has an interval
-    of no width.
+    (early_burst) and `dispersion` (negative_binomial) that the model has; none for some. Intercepts and slopes that covary have
+    `sd_<group>`, `sd_<group>:<column>` and `correlation_<group>`. One that was held has an interval of no width.
 
     Returns
     -------
@@ -71,6 +71,10 @@ def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     table = draws(adata, key)
     found: dict[str, pd.Series] = {}
     for name in table.columns:
+        if name.startswith("correlation_"):
+            group = name.removeprefix("correlation_")
+            sds = [v for v in table.columns if v == f"variance_{group}" or _is_slope(v, group, table)]
+            found |= {f"sd_{v.removeprefix('variance_')}": table[v] ** 0.5 for v in sds}
         if name.startswith(("variance_", "share_", "beta[")):
             continue
         found[name] = table[name]
@@ -81,6 +85,11 @@ def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     ]
     columns = ["term", "median", "mean", "sd", "lower", "upper"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[1:], float))
+
+
+def _is_slope(name: str, group: str, table: pd.DataFrame) -> bool:
+    """Whether a variance is that of slopes which are no component of their own, and so have no share."""
+    return name.startswith(f"variance_{group}:") and name.replace("variance_", "share_", 1) not in table
 
 
 def fixed_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:

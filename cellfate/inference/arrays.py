@@ -10,7 +10,9 @@ import torch
 
 from cellfate.errors import DataError
 from cellfate.kernels.base import Component, Given, Kernel
-from cellfate.model.checks import RESERVED, check_covariance
+from cellfate.kernels.groups import Intercepts
+from cellfate.model.checks import RESERVED, check_covariance, check_one_each, warn_of_two_dispersions
+from cellfate.model.families import Family
 from cellfate.model.priors import check_prior
 
 
@@ -87,6 +89,16 @@ def _covariance(name: str, matrix: Any, device: torch.device) -> torch.Tensor:
     return torch.as_tensor(found if found.ndim else found[None]).to(device)
 
 
+def check_single_cells(components: Sequence[Component], family: Family, trials: np.ndarray | None) -> None:
+    """Effects that every cell has for itself: at most one component of them, and a family that can show them."""
+    own = [c.name for c in components if isinstance(c.kernel, Intercepts) and c.kernel.one_each]
+    if len(own) > 1:
+        raise DataError(f"components {own} are each an effect of its own for every cell: keep one of them.")
+    for name in own:
+        check_one_each(f"component {name!r} is", family.kind, trials)
+        warn_of_two_dispersions(f"component {name!r} is", family.name, stacklevel=6)
+
+
 def checked_priors(priors: Mapping[str, object] | None, components: Sequence[Component]) -> dict[str, object]:
     """The priors, each on the range of what it is for; names that the model does not have are its own error."""
     if priors is not None and not isinstance(priors, Mapping):
@@ -97,7 +109,7 @@ def checked_priors(priors: Mapping[str, object] | None, components: Sequence[Com
     held: dict[str, float] = {}
     for component in components:
         for hyper in component.kernel.hyperparameters:
-            name = f"{hyper.name}_{component.name}"
+            name = hyper.parameter(component.name)
             scales[name] = hyper.scale
             if hyper.fixed is not None:
                 held[name] = hyper.fixed

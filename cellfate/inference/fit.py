@@ -16,7 +16,7 @@ from cellfate._runtime import SeedLike, generator, logger, out_of_memory, resolv
 from cellfate.engines.base import Engine
 from cellfate.engines.choose import ENGINES, NOT_YET, choose
 from cellfate.errors import CellfateWarning, DataError, unknown
-from cellfate.inference.arrays import checked_priors, named_components, numbers, term_names
+from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
 from cellfate.inference.locate import locate
@@ -184,7 +184,7 @@ class GLMM:
             ) from error
         self._problem = model, engine, why
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
-        components, shares = rows(model, response, scales)
+        components, shares = rows(model, response, scales, posterior.values)
         found, approximate = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
         diagnostics = _diagnose(model, mode, posterior, scales[LATENT], approximate)
         diagnostics |= {"engine": engine.name, "engine_reason": why, **found}
@@ -304,6 +304,7 @@ class GLMM:
             )
         total = None if trials is None else numbers("trials", trials, 1, n)
         check_response(response_, rows_, response, kind=kind, trials=total)
+        check_single_cells(self.components, self.family, total)
         design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
         names = term_names(terms, design.shape[1])
         if names:

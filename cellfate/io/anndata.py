@@ -27,7 +27,7 @@ from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
 from cellfate.io.neighbors import graph_of_field, has_graph, read_graph, read_niche
 from cellfate.io.responses import Response, read_response
-from cellfate.model.checks import check_finite, check_log_offset, find_family
+from cellfate.model.checks import check_finite, check_log_offset, find_family, warn_of_two_dispersions
 from cellfate.trees.forest import Forest, examples
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def read_cells(
     if ancestry is not None and forest is not None and leaf is not None:
         if ancestry.by_specimen:
             _check_trees_by_specimen(adata, ancestry, forest, leaf, names, specimen, specimens, library_key)
-        if ancestry.clones:
-            check_not_one_each(forest.tree[leaf], ancestry.label, kind, family, response)
+        if ancestry.clones and check_not_one_each(forest.tree[leaf], ancestry.label, kind, response):
+            warn_of_two_dispersions(f"{ancestry.label} has as many levels as cells:", family)
     named = graph_of_field(adata, spatial, graph) if spatial_kernel == "graph" and spatial is not None else None
     if graph is not None and niche is None and named is not graph:
         raise DataError(
@@ -104,7 +104,7 @@ def read_cells(
         around = read_niche(
             adata, niche, graph, field=field, coordinates=near, specimen=specimen, library_key=library_key, kept=kept
         )
-    codes, levels, slopes = read_groups(adata, groups, fate, kind, family, response, kept)
+    codes, levels, slopes, correlated = read_groups(adata, groups, fate, kind, response, kept)
     design, terms = _design(adata, formula, fate, response, kept)
     return Cells(
         names=names,
@@ -124,6 +124,7 @@ def read_cells(
         kept=kept,
         levels=response.levels,
         slopes=slopes,
+        correlated=correlated,
         graph=field,
         niche=around,
     )

@@ -22,7 +22,7 @@ MANY_LEVELS, MOST_LEVELS = (
 
 # Text in quotes | `a column` | a name, with what follows it: "(" calls it, "=" names an argument.
 NAME = re.compile(r"""("[^"]*"|'[^']*')|`([^`]+)`|(?<![\w.])([^\W\d]\w*)(?!\w)\s*(\(|=(?!=))?""")
-RANDOM = re.compile(r"\(([^()|]+)\|\|?([^()|]+)\)")  # (1 | batch)
+RANDOM = re.compile(r"\(([^()|]+)(\|\|?)([^()|]+)\)")  # (1 | batch)
 CONSTANTS = {"True", "False", "None", "np", "contr"}
 
 
@@ -116,19 +116,17 @@ def _parse(formula: Any, label: str) -> SimpleFormula:
 
 def _refuse_random_effects(formula: str, label: str) -> None:
     """`(1 | batch)` and `(1 + time | batch)` are how other packages write what is `groups` here."""
-    found = [(left.strip(), right.strip(" `")) for left, right in RANDOM.findall(formula)]
+    found = [(left.strip(), bar, right.strip(" `")) for left, bar, right in RANDOM.findall(formula)]
     if not found:
         return
-    slopes = [(left, right) for left, right in found if left not in ("1", "1 + 0")]
-    if slopes:
-        groups: Any = {right: "~ 1" if left == "1" else f"~ {left}" for left, right in found}
+    if any(left not in ("1", "1 + 0") for left, _, _ in found):
+        groups: Any = {right: "~ 1" if left == "1" else f"({left} {bar} {right})" for left, bar, right in found}
         what = "random slopes"
-        more = " Intercepts and slopes of `groups` are independent, as behind '||'."
     else:
-        groups, what, more = [right for _, right in found], "random intercepts", ""
-    shown = ", ".join(f"({left} | {right})" for left, right in found)
+        groups, what = [right for _, _, right in found], "random intercepts"
+    shown = ", ".join(f"({left} {bar} {right})" for left, bar, right in found)
     raise DataError(
-        f"{label} has {what}, which are an argument of their own: leave {shown} out and give groups={groups!r}.{more}"
+        f"{label} has {what}, which are an argument of their own: leave {shown} out and give groups={groups!r}."
     )
 
 

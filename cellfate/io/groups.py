@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from cellfate.errors import CellfateWarning, DataError
 from cellfate.io.columns import check_present, column, factorize
 from cellfate.io.design import columns_of, model_columns
 from cellfate.io.responses import Response
-from cellfate.model.checks import RESERVED, check_finite
+from cellfate.model.checks import RESERVED, check_finite, check_one_each
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,25 +25,33 @@ INTERCEPT = "Intercept"
 Codes = dict[str, np.ndarray]
 Levels = dict[str, tuple[str, ...]]
 SlopesOf = dict[str, tuple[np.ndarray, np.ndarray]]
+# (1 + time | batch), as lme4 writes what covaries, and with || what does not
+COVARYING = re.compile(r"\s*\(([^|]*[^|\s])\s*(\|\|?)\s*([^|]*[^|\s])\s*\)\s*")
 
 
 def read_groups(
-    adata: AnnData, groups: Any, fate: str, kind: str, family: str, response: Response, kept: np.ndarray
-) -> tuple[Codes, Levels, SlopesOf]:
-    """Codes (n,) and level names of every random intercept, and codes and covariate (n,) of every random slope.
+    adata: AnnData, groups: Any, fate: str, kind: str, response: Response, kept: np.ndarray
+) -> tuple[Codes, Levels, SlopesOf, dict[str, str]]:
+    """Codes (n,) and level names of every random intercept, codes and covariate (n,) of every random slope, and which covary.
 
-    Beside an intercept, a covariate is centered over the cells: the two are independent, and that depends on where zero is.
+    Beside an intercept, a covariate is centered over the cells. Where the two are independent, the model depends on where zero is;
+    where they covary it does not, but what the variance of intercepts is does.
     """
     formulas = _formulas(groups)
     codes: Codes = {}
     levels: Levels = {}
     slopes: SlopesOf = {}
+    correlated: dict[str, str] = {}
     seen: list[tuple[str, np.ndarray, np.ndarray]] = []
     for key, formula in formulas:
-        own, names, label = _read_group(adata, key, fate, kind, family, response, kept)
+        own, names, label = _read_group(adata, key, fate, kind, response, kept)
         columns = {INTERCEPT: np.ones(len(own))}
         if formula is not None:
-            columns = _columns(adata, key, formula, fate, own, kept)
+            label_ = f"groups[{key!r}] = {formula!r}"
+            formula, covary = _bar(formula, key, label_)
+            columns = _columns(adata, key, formula, label_, fate, own, kept)
+            if covary and len(columns) > 1:
+                correlated[key] = _one_slope(columns, key, label_)
         if key in codes or any(name.startswith(f"{key}:") for name in slopes):
             raise DataError(f"{label} is given twice. Name every group once.")
         for term, x in columns.items():
@@ -57,7 +66,36 @@ def read_groups(
                 codes[key], levels[key] = own, names
             else:
                 slopes[name] = own, x
-    return codes, levels, slopes
+    return codes, levels, slopes, correlated
+
+
+def _bar(formula: Any, key: str, label: str) -> tuple[Any, bool]:
+    """A formula without its bar, and whether what was before the bar covaries."""
+    if not isinstance(formula, str) or "|" not in formula:
+        return formula, False
+    found = COVARYING.fullmatch(formula)
+    if found is None:
+        raise DataError(
+            f"{label} has a '|'. Write '~ 1 + time' for intercepts and slopes that are independent, or '(1 + time | {key})', in "
+            "brackets, for those that covary."
+        )
+    left, bar, right = found.groups()
+    if right.strip("`") != key:
+        raise DataError(
+            f"{label} speaks of {right!r} behind its bar, but its key is {key!r}. Write '({left} {bar} {key})'."
+        )
+    return f"~ {left.lstrip('~ ')}", bar == "|"
+
+
+def _one_slope(columns: dict[str, np.ndarray], key: str, label: str) -> str:
+    """The name of the slopes that covary with the intercepts, which have to be of one covariate."""
+    terms = [term for term in columns if term != INTERCEPT]
+    if INTERCEPT not in columns or len(terms) > 1:
+        raise DataError(
+            f"{label} makes {len(columns)} columns, {', '.join(columns)}. Only an intercept and the slopes of one column can covary: "
+            f"give one covariate, or independent ones with '||'."
+        )
+    return f"{key}:{terms[0]}"
 
 
 def _formulas(groups: Any) -> list[tuple[Any, Any]]:
@@ -74,7 +112,7 @@ def _formulas(groups: Any) -> list[tuple[Any, Any]]:
 
 
 def _read_group(
-    adata: AnnData, key: Any, fate: str, kind: str, family: str, response: Response, kept: np.ndarray
+    adata: AnnData, key: Any, fate: str, kind: str, response: Response, kept: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...], str]:
     values = column(adata, key, "groups")[kept]
     label = f"group obs[{key!r}]"
@@ -94,20 +132,15 @@ def _read_group(
             f"{label} has one level: all {len(values)} cells are {levels[0]!r}. It explains nothing here: "
             "leave it out of `groups`."
         )
-    check_not_one_each(codes, label, kind, family, response)
+    check_not_one_each(codes, label, kind, response)  # with the negative binomial, the model warns of it
     return codes, levels, label
 
 
 def _columns(
-    adata: AnnData, key: str, formula: Any, fate: str, codes: np.ndarray, kept: np.ndarray
+    adata: AnnData, key: str, formula: Any, label: str, fate: str, codes: np.ndarray, kept: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Columns (n,) of a group's formula by term, each varying over the cells; centered where there is an intercept."""
-    label = f"groups[{key!r}] = {formula!r}"
     obs = adata.obs[kept]
-    if isinstance(formula, str) and "|" in formula and "(" not in formula:
-        raise DataError(
-            f"{label} has a '|': the group is the key, and its intercept and slopes are independent. Write such as '~ 1 + time'."
-        )
     design, terms = model_columns(formula, obs, label)
     if fate in columns_of(formula):
         raise DataError(f"{label} has the fate {fate!r} among its covariates. Leave it out.")
@@ -162,27 +195,11 @@ def _check_apart(
     seen.append((label, same, column))
 
 
-def check_not_one_each(codes: np.ndarray, label: str, kind: str, family: str, response: Response) -> None:
-    """A level per cell is an observation-level effect: it takes up the overdispersion of counts, else it is hidden."""
+def check_not_one_each(codes: np.ndarray, label: str, kind: str, response: Response) -> bool:
+    """Whether there is a level per cell: it takes up the overdispersion of counts, and is refused where it would be hidden."""
     n = len(codes)
     if len(np.unique(codes)) < n:
-        return
-    single = response.trials is None or response.trials.max() <= 1
-    if kind == "binary" or (kind == "successes" and single):
-        raise DataError(
-            f"{label} has as many levels as cells ({n}). One yes or no per cell cannot show an effect of its own for "
-            "every cell: leave it out, or name a coarser column."
-        )
-    if kind == "real":
-        raise DataError(
-            f"{label} has as many levels as cells ({n}), which is what the residual of a gaussian fate already is. "
-            "Leave it out, or name a coarser column."
-        )
-    if family == "negative_binomial":
-        warnings.warn(
-            f"{label} has as many levels as cells ({n}): an observation-level effect and the dispersion of the "
-            "negative binomial absorb the same variation and cannot be told apart. Use family='poisson' with it, or "
-            "leave it out.",
-            CellfateWarning,
-            stacklevel=5,
-        )
+        return False
+    remedy = "Leave it out, or name a coarser column."
+    check_one_each(f"{label} has as many levels as cells ({n}):", kind, response.trials, remedy)
+    return True

@@ -2,8 +2,9 @@
 
 from cellfate.kernels.base import Component, Given, Kernel
 from cellfate.kernels.graph import Composition, Graph
-from cellfate.kernels.groups import Intercepts, Slopes
+from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from cellfate.kernels.lineage import Brownian, Clone, EarlyBurst, OrnsteinUhlenbeck, Pagel
+from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import Matern12, Matern32, Matern52, Rbf
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Clone",
     "Component",
     "Composition",
+    "CorrelatedSlopes",
     "EarlyBurst",
     "Given",
     "Graph",
@@ -21,6 +23,7 @@ __all__ = [
     "Matern52",
     "OrnsteinUhlenbeck",
     "Pagel",
+    "Product",
     "Rbf",
     "Slopes",
 ]

@@ -1,7 +1,7 @@
 """What a kernel is: hyperparameters in, the structure of a covariance out.
 
-There are three structures. Steps along a tree and a stationary field know their covariance entry by entry; a basis is a low-rank
-product. What can be asked of a sum of them is an engine's business. A kernel also says which cells it can make dependent, so that
+There are four structures. Steps along a tree and a stationary field know their covariance entry by entry; a basis is a low-rank
+product; a diagonal is what each cell has for itself. What can be asked of a sum of them is an engine's business. A kernel also says which cells it can make dependent, so that
 an engine can keep independent specimens apart.
 """
 
@@ -20,8 +20,9 @@ from torch import Tensor
 class Hyperparameter:
     """A number that shapes a kernel, besides its variance.
 
-    `scale` is the coordinate in which it is estimated ("log" for a positive number, "logit" for one between 0 and 1);
-    `lower` and `upper` bound what the data can tell; `fixed` takes it out of the estimation.
+    `scale` is the coordinate in which it is estimated ("log" for a positive number, "logit" for one between 0 and 1, "atanh" for a
+    correlation, "sd" for a standard deviation beside the component's own); `lower` and `upper` bound what the data can tell;
+    `fixed` takes it out of the estimation. An sd has a `unit`, as a kernel has, and says what it is `of`.
     """
 
     name: str
@@ -29,6 +30,12 @@ class Hyperparameter:
     lower: float
     upper: float
     fixed: float | None = None
+    unit: float = 1.0
+    of: str | None = None
+
+    def parameter(self, component: str) -> str:
+        """Its name in a model, such as `lengthscale_spatial`, or `sd_clone:time` for that of slopes."""
+        return f"{self.name}_{component}" if self.of is None else f"sd_{component}:{self.of}"
 
 
 class Structure:
@@ -45,10 +52,51 @@ class Dense(Structure, ABC):
 
 @dataclass(frozen=True)
 class Basis(Structure):
-    """Covariance `phi diag(spectrum) phi'`: fixed effects, grouping factors."""
+    """Covariance `phi S phi'`: fixed effects, grouping factors.
+
+    S is the diagonal matrix of `spectrum`, or `spectrum` itself where a `root` F comes with it, F F' = S.
+    """
 
     phi: Tensor  # (n, m), fixed
-    spectrum: Tensor  # (..., m), what the hyperparameters move
+    spectrum: Tensor  # (..., m), what the hyperparameters move; (..., m, m) with a root
+    root: Tensor | None = None  # (..., m, m)
+
+    @property
+    def diagonal(self) -> bool:
+        return self.root is None
+
+    def matrix(self) -> Tensor:
+        """S (..., m, m)."""
+        return torch.diag_embed(self.spectrum) if self.root is None else self.spectrum
+
+    def factor(self) -> Tensor:
+        """F (..., m, m)."""
+        return torch.diag_embed(self.spectrum.sqrt()) if self.root is None else self.root
+
+    def times(self, x: Tensor) -> Tensor:
+        """S x for columns x (..., m, k)."""
+        return self.spectrum[..., None] * x if self.root is None else self.spectrum @ x
+
+    def spread(self, z: Tensor) -> Tensor:
+        """F z for columns z (..., m, k): draws of the coefficients."""
+        return self.spectrum.sqrt()[..., None] * z if self.root is None else self.root @ z
+
+    def among(self, phi: Tensor) -> Tensor:
+        """Covariance (..., blocks, s, s) of some rows (blocks, s, m) of the columns."""
+        s = self.spectrum
+        return (phi * s[..., None, None, :] if self.root is None else phi @ s[..., None, :, :]) @ phi.mT
+
+
+@dataclass(frozen=True)
+class Diagonal(Dense):
+    """Covariance of effects that each cell has for itself: as a basis it would need as many columns as cells."""
+
+    variances: Tensor  # (..., n)
+
+    def dense(self, geometry: tuple[Tensor, int]) -> Tensor:
+        cells, n = geometry
+        inside = self.variances[..., cells.clamp(max=n - 1)]  # (..., blocks, s)
+        return mask_padding(torch.diag_embed(inside), cells, n)
 
 
 class Kernel(ABC):
@@ -56,6 +104,10 @@ class Kernel(ABC):
 
     normalized = True  # divided by c(K), so that the variance is "among these cells"
     hyperparameters: tuple[Hyperparameter, ...] = ()
+    borrowed: tuple[
+        str, ...
+    ] = ()  # parameters of other components that shape this one too; among `values` by these names
+    holds_variance = False  # whether the structure holds the component's variance, with its sd as `values["sd"]`
     unit: float = 1.0  # a standard deviation that makes cells differ by about 1: its prior and the search go by it
     n: int
 
@@ -79,6 +131,15 @@ class Kernel(ABC):
     def expected_variance(self) -> float:
         """c(K) of the kernel as it enters the model: what a variance of 1 contributes among these cells."""
         return 1.0
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing but a variance, as a factor, moves the covariance."""
+        return all(h.fixed is not None for h in self.hyperparameters)
+
+    def contribution(self, sd: np.ndarray, values: dict[str, np.ndarray]) -> np.ndarray:
+        """What the component contributes among these cells at draws of its sd and its hyperparameters."""
+        return sd**2 * self.expected_variance
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Basis, Kernel
+from cellfate.kernels.base import Basis, Diagonal, Hyperparameter, Kernel, Structure, sample_variance
 
 
 @dataclass(frozen=True, eq=False)
 class Intercepts(Kernel):
-    """Random intercepts. Not scaled: the variance is that of the intercepts, as every mixed-model package reports it."""
+    """Random intercepts. Not scaled: the variance is that of the intercepts, as every mixed-model package reports it.
+
+    With a level per cell, `Intercepts(np.arange(n))`, this is the observation-level random effect (OLRE) that absorbs the
+    overdispersion of counts.
+    """
 
     codes: np.ndarray  # (n,)
     normalized = False
@@ -23,6 +27,11 @@ class Intercepts(Kernel):
     @property
     def n(self) -> int:  # type: ignore[override]
         return len(self.codes)
+
+    @cached_property
+    def one_each(self) -> bool:
+        """Whether every cell is a level of its own."""
+        return len(np.unique(self.codes)) == self.n
 
     @cached_property
     def _phi(self) -> Tensor:
@@ -36,7 +45,16 @@ class Intercepts(Kernel):
     def at(self, cells: np.ndarray) -> Intercepts:
         return Intercepts(np.unique(self.codes[cells], return_inverse=True)[1])
 
-    def structure(self, values: dict[str, Tensor], like: Tensor) -> Basis:
+    def independent(self) -> np.ndarray | None:
+        # other levels may cross specimens: whether theirs do not, an engine finds out from the columns
+        return self.codes if self.one_each else None
+
+    def geometry(self, cells: Tensor) -> tuple[Tensor, int]:
+        return cells, self.n
+
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
+        if self.one_each:
+            return Diagonal(torch.ones(self.n, dtype=like.dtype, device=like.device))
         phi = self._phi.to(like)
         return Basis(phi, phi.new_ones(phi.shape[1]))
 
@@ -88,6 +106,82 @@ class Slopes(Kernel):
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Basis:
         phi = self._phi.to(like)
         return Basis(phi, phi.new_ones(phi.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class CorrelatedSlopes(Kernel):
+    r"""Random intercepts and slopes of the same levels with a covariance, as lme4's `(1 + x | level)`.
+
+    The intercept and the slope of a level are normal with sds :math:`s_0`, :math:`s_1` and correlation :math:`\rho`, levels are
+    independent: :math:`\mathrm{cov}(i, j) = s_0^2 + \rho s_0 s_1 (x_i + x_j) + s_1^2 x_i x_j` within one. Unlike independent ones
+    these are the same model wherever the zero of the covariate is; what the sd of intercepts and the correlation are, does depend
+    on it. Not scaled: the component's own sd is that of the intercepts, `slope` names that of the slopes, per unit of covariate.
+    """
+
+    codes: np.ndarray  # (n,)
+    covariate: np.ndarray  # (n,)
+    slope: str = "slope"
+    normalized = False
+    holds_variance = True
+    constant = False  # type: ignore[assignment]
+
+    @cached_property
+    def _slopes(self) -> Slopes:
+        return Slopes(self.codes, self.covariate)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "covariate", self._slopes.covariate)  # checked
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return len(self.codes)
+
+    @cached_property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:  # type: ignore[override]
+        return (
+            Hyperparameter("slope", "sd", 0.0, np.inf, unit=self._slopes.unit, of=self.slope),
+            Hyperparameter("correlation", "atanh", -1.0, 1.0),
+        )
+
+    @cached_property
+    def _phi(self) -> Tensor:
+        """Columns (n, 2 levels): membership, and membership times covariate."""
+        return torch.cat([one_hot(self.codes), self._slopes._phi], -1)
+
+    @cached_property
+    def _contributions(self) -> np.ndarray:
+        """What variances and covariance (2, 2) of 1 contribute among these cells."""
+        columns = self._phi.reshape(self.n, 2, -1)
+        trace, total = torch.einsum("nal,nbl->ab", columns, columns), columns.sum(0) @ columns.sum(0).mT
+        return sample_variance(trace, total, self.n).numpy()
+
+    def contribution(self, sd: np.ndarray, values: dict[str, np.ndarray]) -> np.ndarray:
+        of, slope = self._contributions, values["slope"]
+        return sd**2 * of[0, 0] + 2 * values["correlation"] * sd * slope * of[0, 1] + slope**2 * of[1, 1]
+
+    def at(self, cells: np.ndarray) -> CorrelatedSlopes:
+        codes = np.unique(self.codes[cells], return_inverse=True)[1]
+        some = CorrelatedSlopes(codes, self.covariate[cells], self.slope)
+        some._slopes.__dict__["unit"] = self._slopes.unit  # that of all cells
+        return some
+
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> Basis:
+        intercept, slope, correlation = (values[name].to(like) for name in ("sd", "slope", "correlation"))
+        cross, none = correlation * intercept * slope, torch.zeros_like(slope)
+        covariance = [[intercept.square(), cross], [cross, slope.square()]]
+        left = slope * (1 - correlation.square()).clamp(min=0).sqrt()
+        root = [[intercept, none], [correlation * slope, left]]
+        phi = self._phi.to(like)
+        spectrum, factor = (_for_each_level(m, phi.shape[1] // 2) for m in (covariance, root))
+        return Basis(phi, spectrum, factor.detach())  # no derivative goes through the root, which has none at zero
+
+
+def _for_each_level(entries: list[list[Tensor]], levels: int) -> Tensor:
+    """The Kronecker product (..., 2 levels, 2 levels) of a matrix, given by its entries (...,), with the identity."""
+    matrix = torch.stack([torch.stack(row, -1) for row in entries], -2)
+    eye = torch.eye(levels, dtype=matrix.dtype, device=matrix.device)
+    out = matrix[..., :, None, :, None] * eye[:, None, :]
+    return out.reshape(*matrix.shape[:-2], 2 * levels, 2 * levels)
 
 
 def one_hot(codes: np.ndarray) -> Tensor:

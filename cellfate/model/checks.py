@@ -105,6 +105,36 @@ def warn_of_two_values(y: np.ndarray, label: str, family: str) -> None:
         )
 
 
+def check_one_each(label: str, kind: str, trials: np.ndarray | None, remedy: str = "Leave it out.") -> None:
+    """Can responses of this kind show an effect that every cell has for itself? `label` ends in a verb, such as "x is"."""
+    single = trials is None or trials.max() <= 1
+    if kind == "binary" or (kind == "successes" and single):
+        raise DataError(
+            f"{label} an effect of its own for every cell, and one yes or no per cell cannot show one. {remedy}"
+        )
+    if kind == "real":
+        raise DataError(
+            f"{label} an effect of its own for every cell, which is what the residual of a gaussian fate already is. {remedy}"
+        )
+    if kind not in ("successes", "count"):
+        raise DataError(
+            f"{label} an effect of its own for every cell, which takes up the overdispersion of counts and of binomial fates. "
+            f"A fate of this family has none. {remedy}"
+        )
+
+
+def warn_of_two_dispersions(label: str, family: str, *, stacklevel: int = 5) -> None:
+    """An effect of each cell and the dispersion of the negative binomial are two names of one thing."""
+    if family == "negative_binomial":
+        warnings.warn(
+            f"{label} an effect of its own for every cell, which takes up the same variation as the dispersion of the negative "
+            "binomial: the two cannot be told apart, and the priors decide between them. Use family='poisson' with it, or leave it "
+            "out.",
+            CellfateWarning,
+            stacklevel=stacklevel,
+        )
+
+
 def check_log_offset(values: np.ndarray, label: str) -> None:
     """An offset of counts is a logarithm."""
     if values.size and values.max() > LARGEST_LOG_OFFSET:

@@ -13,10 +13,11 @@ from torch import Tensor
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Hyperparameter, Term
 from cellfate.model.families import Family, Outcome
-from cellfate.model.priors import Flat, HalfNormal, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
+from cellfate.model.priors import Flat, HalfNormal, Lkj, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
 
 FIXED = "fixed"  # name of the fixed effects where they are a component
 RESIDUAL = "residual"
+STRONGEST = 0.9999  # correlation that is looked at
 WIDE = 10.0  # prior sd of a fixed effect, in standard deviations of response per standard deviation of covariate
 
 
@@ -71,6 +72,11 @@ class Model:
         for component in self.components:
             if component.kernel.n != self.data.n:
                 raise DataError(f"component {component.name!r} is over {component.kernel.n} cells, not {self.data.n}.")
+            borrowed = sorted(set(component.kernel.borrowed) - set(known))
+            if borrowed:
+                raise DataError(f"component {component.name!r} goes by {borrowed}, which no other component has.")
+        if len(set(known)) < len(known):
+            raise DataError(f"two parameters of the model would have one name: {known}. Rename a component.")
 
     def at(self, cells: np.ndarray) -> Model:
         """The same model of some of the cells, in the units and under the priors of all of them."""
@@ -88,7 +94,7 @@ class Model:
 
     def _known(self) -> list[str]:
         names = [f"sd_{c.name}" for c in self.components]
-        names += [f"{h.name}_{c.name}" for c in self.components for h in c.kernel.hyperparameters]
+        names += [h.parameter(c.name) for c in self.components for h in c.kernel.hyperparameters]
         return names + ([self._family_parameter] if self._family_parameter else [])
 
     @property
@@ -137,7 +143,7 @@ class Model:
         for component in self.components:
             for hyper in component.kernel.hyperparameters:
                 if hyper.fixed is None:
-                    out += self._hyperparameter(f"{hyper.name}_{component.name}", hyper)
+                    out += self._hyperparameter(hyper.parameter(component.name), hyper)
         if not self.reml:
             out += [
                 Parameter(f"beta[{term}]", "real", self._beta_prior(i), 0.0) for i, term in enumerate(self.data.terms)
@@ -165,6 +171,11 @@ class Model:
         return [Parameter(name, scale, prior, start, lower, upper)]
 
     def _hyperparameter(self, name: str, hyper: Hyperparameter) -> list[Parameter]:
+        if hyper.scale == "sd":
+            own = self.response_scale * hyper.unit
+            return self._parameter(name, "sd", HalfNormal(2.0 * own), 0.7 * own, 0.0, 50 * own)
+        if hyper.scale == "atanh":
+            return self._parameter(name, "atanh", Lkj(1.0), 0.0, -STRONGEST, STRONGEST)
         if hyper.scale == "logit":
             return self._parameter(name, "logit", Uniform(), 0.7, 1e-4, 1 - 1e-4)
         middle = float(np.sqrt(hyper.lower * hyper.upper))
@@ -176,7 +187,7 @@ class Model:
     def _fixed(self) -> dict[str, float]:
         """Hyperparameters that are held, by name."""
         held = {
-            f"{h.name}_{c.name}": h.fixed
+            h.parameter(c.name): h.fixed
             for c in self.components
             for h in c.kernel.hyperparameters
             if h.fixed is not None
@@ -250,10 +261,13 @@ class Model:
         like = self.data.offset
         out = []
         for component in self.components:
-            values = {h.name: theta.values[f"{h.name}_{component.name}"] for h in component.kernel.hyperparameters}
-            structure = component.kernel.structure(values, like)
-            variance = theta.values[f"sd_{component.name}"].square()
-            out.append(Term(component.name, structure, variance, component.kernel.normalized))
+            kernel, sd = component.kernel, theta.values[f"sd_{component.name}"]
+            values = {h.name: theta.values[h.parameter(component.name)] for h in kernel.hyperparameters}
+            values |= {name: theta.values[name] for name in kernel.borrowed}
+            if kernel.holds_variance:
+                values["sd"] = sd
+            variance = torch.ones_like(sd) if kernel.holds_variance else sd.square()
+            out.append(Term(component.name, kernel.structure(values, like), variance, kernel.normalized))
         if self.reml and self.data.design.shape[1]:
             points = next(iter(theta.values.values())).shape[0] if theta.values else 1
             basis = Basis(self.data.design, self.beta_sd.square().expand(points, -1))

@@ -28,7 +28,10 @@ def summary(x: np.ndarray) -> tuple[float, float, float, float]:
 
 def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> dict[str, np.ndarray]:
     """Variance draws of each component on the latent scale."""
-    out = {c.name: values[f"sd_{c.name}"] ** 2 * c.kernel.expected_variance for c in model.components}
+    out = {}
+    for c in model.components:
+        shape = {h.name: values[h.parameter(c.name)] for h in c.kernel.hyperparameters}
+        out[c.name] = c.kernel.contribution(values[f"sd_{c.name}"], shape)
     if has_covariates(model):
         covariance = np.atleast_2d(np.cov(model.data.design.cpu().numpy(), rowvar=False))
         out[FIXED] = np.einsum("sp,pq,sq->s", beta, covariance, beta)
@@ -82,14 +85,24 @@ def partition(
 
 
 def rows(
-    model: Model, response: str, scales: Mapping[str, Mapping[str, np.ndarray]]
+    model: Model,
+    response: str,
+    scales: Mapping[str, Mapping[str, np.ndarray]],
+    values: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, list], dict[str, list]]:
     """Columns of the two tidy tables: variances and shares, one row per scale and component.
 
     The variance of a grouping factor is that of its intercepts, as draws and mode have it; what it contributes among these cells,
-    a little less, makes its share.
+    a little less, makes its share. Where slopes belong to it, their contribution is in the share, and its variance has to be taken
+    from the draws, `values`.
     """
-    intercepts = {c.name: c.kernel.expected_variance for c in model.components}
+    intercepts: dict[str, float | np.ndarray] = {}
+    for c in model.components:
+        intercepts[c.name] = c.kernel.expected_variance
+        if c.kernel.holds_variance:
+            assert values is not None
+            sd = values[f"sd_{c.name}"]
+            intercepts[c.name] = scales[LATENT][c.name] / np.maximum(sd**2, np.finfo(float).tiny)
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
         total = sum(parts.values())

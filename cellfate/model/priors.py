@@ -65,6 +65,17 @@ class Uniform(Prior):
 
 
 @dataclass(frozen=True)
+class Lkj(Prior):
+    """Of a correlation of two, density as (1 - x^2)^(eta - 1); eta = 1 is uniform. After Lewandowski, Kurowicka & Joe (2009)."""
+
+    eta: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        whole = (2 * self.eta - 1) * math.log(2) + 2 * math.lgamma(self.eta) - math.lgamma(2 * self.eta)
+        return (self.eta - 1) * torch.log1p(-x.square()) - whole
+
+
+@dataclass(frozen=True)
 class Flat(Prior):
     """No prior: flat in the coordinate of estimation, so that the mode is the maximum of the likelihood."""
 
@@ -77,11 +88,13 @@ FORMS: dict[type[Prior], str] = {
     LogNormal: "('lognormal', median, sd)",
     Normal: "('normal', sd)",
     Uniform: "('uniform',)",
+    Lkj: "('lkj', eta)",
 }
 SUITS: dict[str, tuple[str, tuple[type[Prior], ...]]] = {  # by scale: the range in words, and what lives on it
     "sd": ("a positive standard deviation", (HalfNormal, LogNormal)),
     "log": ("a positive number", (HalfNormal, LogNormal)),
     "logit": ("between 0 and 1", (Uniform,)),
+    "atanh": ("a correlation", (Lkj,)),
     "real": ("any real number", (Normal,)),
 }
 
@@ -96,6 +109,7 @@ def parse_prior(name: str, spec: object) -> Prior | float:
         "lognormal": (LogNormal, 2),
         "normal": (Normal, 1),
         "uniform": (Uniform, 0),
+        "lkj": (Lkj, 1),
     }
     try:
         values = [float(a) for a in arguments]
@@ -103,7 +117,8 @@ def parse_prior(name: str, spec: object) -> Prior | float:
         values = [math.nan]
     if kind == "flat" and not values:
         return Flat()
-    if kind == "fixed" and len(values) == 1 and math.isfinite(values[0]) and values[0] > 0:
+    least = -1 if name.startswith("correlation_") else 0
+    if kind == "fixed" and len(values) == 1 and math.isfinite(values[0]) and values[0] > least:
         return values[0]
     if (
         isinstance(kind, str)
@@ -114,12 +129,12 @@ def parse_prior(name: str, spec: object) -> Prior | float:
         return known[kind][0](*values)
     raise DataError(
         f"prior {spec!r} of {name!r} is not understood; write 'flat', ('half_normal', scale), ('lognormal', median, sd), "
-        "('normal', sd), ('uniform',) or ('fixed', value), with positive finite numbers."
+        "('normal', sd), ('uniform',), ('lkj', eta) or ('fixed', value), with positive finite numbers."
     )
 
 
 def check_prior(name: str, spec: object, scale: str) -> None:
-    """Refuse a prior that is none on the range of a hyperparameter: `scale` is "sd", "log", "logit" or "real".
+    """Refuse a prior that is none on the range of a hyperparameter: `scale` is "sd", "log", "logit", "atanh" or "real".
 
     A density that does not live on that range would bound the search in silence, or not be a density at all.
     """
@@ -133,6 +148,8 @@ def check_prior(name: str, spec: object, scale: str) -> None:
             )
         if scale == "logit" and prior > 1:
             raise DataError(f"prior {spec!r} of {name!r} holds it at {prior:g}, outside 0 to 1.")
+        if scale == "atanh" and prior >= 1:
+            raise DataError(f"prior {spec!r} of {name!r} holds it at {prior:g}, and a correlation is below 1.")
     elif type(prior).__module__ == __name__ and not isinstance(prior, (*suits, Flat)):
         forms = ", ".join(FORMS[kind] for kind in suits)
         fixed = "" if scale == "real" else " or ('fixed', value)"
@@ -143,7 +160,8 @@ def check_prior(name: str, spec: object, scale: str) -> None:
 class Parameter:
     """One entry of the vector that is estimated.
 
-    `scale`: "sd" for `x = |u|`, "log" for `x = exp(u)`, "logit" for `x = sigmoid(u)`, "real" for `x = u`.
+    `scale`: "sd" for `x = |u|`, "log" for `x = exp(u)`, "logit" for `x = sigmoid(u)`, "atanh" for `x = tanh(u)`,
+    "real" for `x = u`.
     """
 
     name: str
@@ -163,11 +181,15 @@ class Parameter:
             return u.abs()
         if self.scale == "log":
             return torch.exp(u)
+        if self.scale == "atanh":
+            return torch.tanh(u)
         return torch.sigmoid(u) if self.scale == "logit" else u
 
     def coordinate(self, x: float) -> float:
         if self.scale == "log":
             return math.log(x) if x > 0 else -math.inf
+        if self.scale == "atanh":
+            return math.atanh(x)
         if self.scale == "logit":
             return math.log(x) - math.log1p(-x) if 0 < x < 1 else math.copysign(12.0, x - 0.5)
         return x
@@ -189,4 +211,6 @@ class Parameter:
             return density
         if self.scale == "log":
             return density + u
+        if self.scale == "atanh":  # log(1 - tanh(u)^2), which is even
+            return density + 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))
         return density + torch.nn.functional.logsigmoid(u) + torch.nn.functional.logsigmoid(-u)

@@ -23,13 +23,16 @@ from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_results
 from cellfate.kernels.base import Component
 from cellfate.kernels.graph import Composition, Graph
-from cellfate.kernels.groups import Intercepts, Slopes
+from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
+from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
 from cellfate.trees.forest import Forest
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 FAR = 5.0  # times the extent, or below the distance of neighbors, that a length-scale may be held at
+INTERACTION = "lineage:spatial"
+OLRE = "olre"  # the observation-level random effect; "observation" is the name of a scale
 GRAPH = "graph"  # the spatial kernel that goes by neighbors, not by positions
 COARSE = 0.2  # share of a field's variance that its modes may leave out without a warning
 
@@ -54,6 +57,8 @@ def decompose(
     niche: Any = None,
     library_key: str | None = None,
     groups: str | list[str] | Mapping[str, str] | None = None,
+    interaction: bool = False,
+    olre: bool = False,
     offset: Any = None,
     trials: Any = None,
     priors: Mapping[str, object] | None = None,
@@ -108,16 +113,27 @@ def decompose(
         ``{"embryo": "~ 1 + time", "clone": "~ 0 + dose"}``: each column of a formula is a random slope, component
         `embryo:time`, whose variance is that of the slopes per unit of the covariate. Intercepts and slopes are independent,
         and so a covariate beside an intercept is centered over the cells; without one it stays as it is, and levels are alike
-        where it is zero. By default, where `library_key` tells three or more specimens apart and is not in the formula, the
+        where it is zero. ``{"clone": "(1 + time | clone)"}``, as in lme4, is one component `clone` whose intercepts and slopes
+        covary: its share holds both, its variance is that of the intercepts, and both sds and the correlation are in
+        :func:`cellfate.get.hyperparameters`. By default, where `library_key` tells three or more specimens apart and is not in the formula, the
         specimen: what makes specimens differ as a whole is not neighborhood. One line of the log says so. Give ``[]`` for none.
+    interaction
+        Also a component `lineage:spatial`: what relatives share only where they are also neighbors. Its covariance is the product
+        of the two, cell by cell, with their own length-scale and the like; it needs exact matrices.
+    olre
+        An observation-level random effect, component `olre`: every cell has an effect of its own, which takes up the
+        overdispersion of ``"poisson"`` counts and of ``"binomial"`` fates with several trials. The dispersion of
+        ``"negative_binomial"`` does the same (a warning), and so does the residual of ``"gaussian"`` (an error); one yes or no
+        per cell cannot show it (an error).
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials
         Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
     priors
-        By name: `sd_lineage`, `sd_spatial`, `sd_niche`, `sd_<group>`, `sd_<group>:<column>`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
-        `lambda_lineage`, `rate_lineage`, `dispersion`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
-        ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
+        By name: `sd_lineage`, `sd_spatial`, `sd_niche`, `sd_<group>`, `sd_<group>:<column>`, `sd_lineage:spatial`, `sd_olre`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
+        `lambda_lineage`, `rate_lineage`, `dispersion`, `correlation_<group>`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
+        ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("lkj", eta)``
+        (`correlation_<group>`; eta = 1, uniform, by default), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
         standard deviation on link scale (times the response's own for gaussian), for slopes per root mean square of the covariate.
     reml
         Integrate the fixed effects out under a wide prior; otherwise maximize over them.
@@ -187,7 +203,9 @@ def decompose(
         trials=trials,
     )
     cells = _with_specimens(cells, groups, formula, lineage_kernel, library_key)
-    components = components_of(cells, lineage_kernel, spatial_kernel, lengthscale, rank)
+    components = components_of(
+        cells, lineage_kernel, spatial_kernel, lengthscale, rank, interaction=interaction, olre=olre
+    )
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
     logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
     fit = glmm.fit(
@@ -211,6 +229,8 @@ def decompose(
         "groups": list(cells.groups),
         "slopes": list(cells.slopes),
         **noted_groups(groups, cells.groups),
+        "interaction": interaction,
+        "olre": olre,
         "offset": named(offset),
         "trials": named(trials),
         "levels": cells.levels,
@@ -309,7 +329,14 @@ def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
 
 
 def components_of(
-    cells: Cells, lineage_kernel: str, spatial_kernel: str, lengthscale: float | None, rank: int | None
+    cells: Cells,
+    lineage_kernel: str,
+    spatial_kernel: str,
+    lengthscale: float | None,
+    rank: int | None,
+    *,
+    interaction: bool = False,
+    olre: bool = False,
 ) -> list[Component]:
     """The components of a fit, by what the cells come with."""
     out = []
@@ -325,11 +352,39 @@ def components_of(
     if field is not None:
         _warn_of_lengthscale(field)
         out.append(Component("spatial", field))
+    if interaction:
+        if len(out) < 2:
+            raise DataError(
+                "interaction=True needs ancestry and neighborhood, and "
+                f"{'lineage' if field is not None else 'spatial'} is None. Give both, or leave it out."
+            )
+        out.append(Component(INTERACTION, Product(out[0].kernel, out[1].kernel)))
     if cells.niche is not None:
         out.append(Component("niche", Composition(cells.niche)))
-    out += [Component(name, Intercepts(codes)) for name, codes in cells.groups.items()]
-    out += [Component(name, Slopes(codes, x)) for name, (codes, x) in cells.slopes.items()]
+    for name, codes in cells.groups.items():
+        if name in cells.correlated:
+            slopes = cells.correlated[name]
+            kernel = CorrelatedSlopes(codes, cells.slopes[slopes][1], slopes.removeprefix(f"{name}:"))
+            out.append(Component(name, kernel))
+        else:
+            out.append(Component(name, Intercepts(codes)))
+    own = {name: pair for name, pair in cells.slopes.items() if name not in cells.correlated.values()}
+    out += [Component(name, Slopes(codes, x)) for name, (codes, x) in own.items()]
+    if olre:
+        _warn_of_lambda(cells, lineage_kernel)
+        out.append(Component(OLRE, Intercepts(np.arange(cells.n))))
     return out
+
+
+def _warn_of_lambda(cells: Cells, lineage_kernel: str) -> None:
+    """What Pagel's lambda takes from the tree, it gives to the cells themselves."""
+    if cells.forest is not None and lineage_kernel == "pagel":
+        warnings.warn(
+            "lineage_kernel='pagel' with olre=True: at a lambda below 1 ancestry holds an effect of each cell alone, which is what "
+            "olre is. The two cannot be told apart: take lineage_kernel='brownian', or leave olre out.",
+            CellfateWarning,
+            stacklevel=4,
+        )
 
 
 def _with_truncation(fit: GLMMFit, components: list[Component]) -> GLMMFit:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cellfate.errors import DataError
-from cellfate.kernels.groups import Intercepts, Slopes
+from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from tests.problem import double, entries
 
 GROUPS = {
@@ -81,3 +81,42 @@ def test_levels_do_not_hold_cells_apart():
 def test_dtype_follows_the_model():
     basis = Intercepts(np.array([0, 1, 0])).structure({}, double(0.0).float())
     assert basis.phi.dtype == basis.spectrum.dtype == double(0.0).float().dtype
+
+
+def test_intercept_and_slope_of_a_level_covary(codes):
+    """Pair by pair, from the draws of a level: (1, x) C (1, y)'."""
+    x = np.random.default_rng(1).normal(size=len(codes))
+    sd, slope, correlation = 0.8, 1.7, -0.4
+    c = np.array([[sd**2, correlation * sd * slope], [correlation * sd * slope, slope**2]])
+    wanted = np.array([[[1, a] @ c @ [1, b] for b in x] for a in x]) * np.equal.outer(codes, codes)
+    kernel = CorrelatedSlopes(codes, x)
+    found = entries(kernel, sd=sd, slope=slope, correlation=correlation)
+    np.testing.assert_allclose(found, wanted, rtol=1e-13, atol=1e-14)
+    structure = kernel.structure(
+        {k: double(v) for k, v in (("sd", sd), ("slope", slope), ("correlation", correlation))}, double(0.0)
+    )
+    np.testing.assert_allclose(structure.root @ structure.root.mT, structure.spectrum, rtol=1e-13, atol=1e-14)
+    some = np.arange(len(codes))[::2]
+    part = entries(kernel.at(some), sd=sd, slope=slope, correlation=correlation)
+    np.testing.assert_allclose(part, wanted[np.ix_(some, some)], rtol=1e-13, atol=1e-14)
+
+
+def test_where_zero_is_does_not_matter_to_what_covaries():
+    codes, x = np.array([0, 1, 0, 1, 2, 0]), np.array([-3.0, 1.0, 4.0, 2.0, -1.0, 0.5])
+    sd, slope, correlation, shift = 0.8, 1.7, -0.4, 2.5
+    moved = sd**2 - 2 * shift * correlation * sd * slope + shift**2 * slope**2  # variance of intercepts at x = -shift
+    cross = correlation * sd * slope - shift * slope**2
+    one = entries(CorrelatedSlopes(codes, x), sd=sd, slope=slope, correlation=correlation)
+    other = entries(
+        CorrelatedSlopes(codes, x + shift), sd=moved**0.5, slope=slope, correlation=cross / (moved**0.5 * slope)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_perfectly_correlated_and_absent_ones_have_a_gradient():
+    kernel = CorrelatedSlopes(np.array([0, 1, 0, 1]), np.array([-1.0, 0.5, 2.0, 1.0]))
+    for at in ((0.0, 1.0, 0.5), (1.0, 0.0, -0.5), (1.0, 1.0, 1.0)):
+        values = [double(v).requires_grad_(True) for v in at]
+        structure = kernel.structure(dict(zip(("sd", "slope", "correlation"), values, strict=True)), double(0.0))
+        structure.spectrum.sum().backward()
+        assert all(bool(v.grad.isfinite()) for v in values)

@@ -9,8 +9,9 @@ import torch
 from cellfate.errors import DataError
 from cellfate.kernels.base import Component, Given, Kernel, Term, unit_scale
 from cellfate.kernels.graph import Composition, Graph
-from cellfate.kernels.groups import Intercepts, Slopes
+from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
+from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SPATIAL_KERNELS
 from cellfate.trees.convert import to_forest
 from tests.problem import dense_engine, double, entries, random_newick
@@ -18,6 +19,7 @@ from tests.problem import dense_engine, double, entries, random_newick
 N = 19
 SIZES = (7, 1, 8, 3)
 VALUES = {"alpha": [0.2, 1.1], "lambda": [0.1, 0.8], "rate": [0.3, 2.0], "lengthscale": [0.3, 1.4]}
+VALUES |= {"sd": [1.0, 1.0], "slope": [0.7, 1.2], "correlation": [-0.6, 0.95]}
 
 
 def _kernels() -> dict[str, Kernel]:
@@ -38,12 +40,17 @@ def _kernels() -> dict[str, Kernel]:
         out[f"{name} in 3-D, by specimen"] = field(rng.normal(size=(N, 3)), specimen[order])
     out["intercepts"] = Intercepts(order % 5)
     out["slopes"] = Slopes(order % 5, rng.normal(size=N))
+    out["an intercept per cell"] = Intercepts(order)
+    out["correlated slopes"] = CorrelatedSlopes(order % 5, rng.normal(size=N))
     edges = np.triu(rng.random((N, N)) < 0.4, 1) * rng.exponential(size=(N, N))
     out["graph"] = Graph(edges + edges.T + np.eye(N, k=1))
     apart = np.equal.outer(specimen[order], specimen[order])
     out["graph of a few modes, by specimen"] = Graph(edges * apart, rank=9)  # one specimen is a cell without neighbors
     out["graph seen in some cells"] = Graph(np.eye(40, k=1), lengthscale=None).at(rng.permutation(40)[:N])
     out["composition"] = Composition(rng.dirichlet(np.ones(4), size=N))
+    for lineage, spatial in (("ou on a tree", "rbf in 2-D"), ("pagel on a forest", "matern12 in 3-D, by specimen")):
+        out[f"product of {lineage} and {spatial}"] = Product(out[lineage], out[spatial])
+    out["product of a forest and a graph"] = Product(out["brownian on a forest"], out["graph"])
     root = rng.normal(size=(N, 4)) * (specimen[order] != 1)[:, None]  # four cells' worth of nothing in common
     out["given"] = Given(double(root @ root.T * np.equal.outer(specimen, specimen)[np.ix_(order, order)]))
     return out
@@ -58,13 +65,20 @@ def kernel(request):
 
 
 def values(kernel: Kernel, index: int | None = None) -> dict[str, torch.Tensor]:
-    return {h.name: double(VALUES[h.name] if index is None else VALUES[h.name][index]) for h in kernel.hyperparameters}
+    names = [h.name for h in kernel.hyperparameters] + list(kernel.borrowed) + ["sd"] * kernel.holds_variance
+    found = {name: VALUES[name.removesuffix("_lineage").removesuffix("_spatial")] for name in names}
+    return {name: double(x if index is None else x[index]) for name, x in found.items()}
+
+
+def promised(kernel: Kernel) -> np.ndarray:
+    """What it says to contribute among the cells, at an sd of 1."""
+    return kernel.contribution(np.ones(2 if values(kernel) else ()), {k: x.numpy() for k, x in values(kernel).items()})
 
 
 def covariance(kernel: Kernel) -> torch.Tensor:
     """As it enters the model at variance 1, (..., n, n), put together from the blocks of an engine."""
     engine = dense_engine([Component("k", kernel)], N)
-    variance = double([1.0, 1.0]) if kernel.hyperparameters else double(1.0)
+    variance = double([1.0, 1.0]) if values(kernel) else double(1.0)
     term = Term("k", kernel.structure(values(kernel), double(0.0)), variance, kernel.normalized)
     out = variance.new_zeros(*variance.shape, N + 1, N + 1)
     for stack, blocks in zip(engine.blocks.stacks, engine.covariance(term), strict=True):
@@ -93,7 +107,7 @@ def test_unit_scale(kernel):
     """The expected sample variance of a draw over the cells is 1, or what the kernel says it is."""
     p = torch.eye(N, dtype=torch.float64) - 1 / N
     c = (p @ covariance(kernel) @ p).diagonal(dim1=-2, dim2=-1).sum(-1) / (N - 1)
-    torch.testing.assert_close(c, torch.full_like(c, kernel.expected_variance), rtol=1e-13, atol=0)
+    torch.testing.assert_close(c, double(promised(kernel)), rtol=1e-13, atol=0)
 
 
 def test_the_sample_variance_of_draws_is_what_the_scale_promises(kernel):
@@ -103,7 +117,7 @@ def test_the_sample_variance_of_draws_is_what_the_scale_promises(kernel):
     z = np.random.default_rng(0).standard_normal((20_000, N))
     variances = (z @ (vectors * np.sqrt(np.maximum(values, 0))).T).var(axis=1, ddof=1)
     error = variances.std(ddof=1) / np.sqrt(len(variances))
-    assert abs(variances.mean() - kernel.expected_variance) < 4 * error
+    assert abs(variances.mean() - promised(kernel).reshape(-1)[0]) < 4 * error
 
 
 def test_scaling_is_all_that_blocks_change(kernel):
@@ -119,18 +133,18 @@ def test_cells_said_to_be_independent_are(kernel):
         assert (entries(kernel, **values(kernel)).numpy()[..., apart] == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if kernel.hyperparameters])
+@pytest.mark.parametrize("name", [name for name, kernel in KERNELS.items() if values(kernel)])
 def test_scaled_entries_are_differentiable(name):
     """c(K) moves with the hyperparameters, and so is part of the slope."""
     kernel = KERNELS[name]
     engine = dense_engine([Component("k", kernel)], N)
-    (shape,) = (h.name for h in kernel.hyperparameters)
+    names = list(values(kernel))
 
-    def scaled(x, variance):
-        term = Term("k", kernel.structure({shape: x}, x), variance, kernel.normalized)
+    def scaled(variance, *shapes):
+        term = Term("k", kernel.structure(dict(zip(names, shapes, strict=True)), variance), variance, kernel.normalized)
         return tuple(engine.covariance(term))
 
-    at = values(kernel)[shape].requires_grad_(True), double([0.7, 1.9]).requires_grad_(True)
+    at = [x.requires_grad_(True) for x in (double([0.7, 1.9]), *values(kernel).values())]
     assert torch.autograd.gradcheck(scaled, at)
 
 

@@ -276,6 +276,7 @@ FITS = {
     "many tries": {"fate": "edited", "family": "binomial", "trials": 10, "link": "probit"},
     "tries in a column": {"fate": "edited", "family": "binomial", "trials": "sites", "method": "ep"},
     "a gene": {"fate": "elt-2", "family": "poisson"},
+    "overdispersed": {"fate": "count", "family": "poisson", "olre": True},
     "clones": {"lineage": "clone", "lineage_kernel": "clone"},
     "early burst": {"lineage_kernel": "early_burst", "spatial_kernel": "rbf"},
     "sweeps": {"engine": "structured", "rank": 16, "lineage_kernel": "ou"},
@@ -301,9 +302,9 @@ def seen(monkeypatch):
     """The cells of each fit and of each prediction."""
     found = []
 
-    def noting(cells, *arguments):
-        found.append((cells, arguments))
-        return components_of(cells, *arguments)
+    def noting(cells, *arguments, **more):
+        found.append((cells, (*arguments, *more.values())))
+        return components_of(cells, *arguments, **more)
 
     for module in ("decompose", "predict"):
         monkeypatch.setattr(sys.modules[f"cellfate.tl.{module}"], "components_of", noting)
