@@ -229,6 +229,7 @@ class StructuredEngine(Engine):
                 total += min(self.rank or EXPECTED_RANK, self.n)
             elif not isinstance(kernel, LineageKernel):
                 held = {h.name: self.like.new_full((1,), h.lower) for h in kernel.hyperparameters}
+                held["sd"] = self.like.new_ones(1)
                 structure = kernel.structure(held, self.like)
                 total += structure.phi.shape[1] if isinstance(structure, Basis) else 0
         return total

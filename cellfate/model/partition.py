@@ -101,8 +101,8 @@ def rows(
         intercepts[c.name] = c.kernel.expected_variance
         if c.kernel.holds_variance:
             assert values is not None
-            sd = values[f"sd_{c.name}"]
-            intercepts[c.name] = scales[LATENT][c.name] / np.maximum(sd**2, np.finfo(float).tiny)
+            own = values[f"sd_{c.name}"] ** 2
+            intercepts[c.name] = scales[LATENT][c.name] / np.maximum(own, np.finfo(float).tiny)
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
         total = sum(parts.values())
