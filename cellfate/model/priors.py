@@ -72,7 +72,8 @@ class Lkj(Prior):
 
     def log_density(self, x: Tensor) -> Tensor:
         whole = (2 * self.eta - 1) * math.log(2) + 2 * math.lgamma(self.eta) - math.lgamma(2 * self.eta)
-        return (self.eta - 1) * torch.log1p(-x.square()) - whole
+        # uniform, at -1 and 1 too, where the logarithm is infinite
+        return (self.eta - 1) * torch.log1p(-x.square()) - whole if self.eta != 1 else torch.full_like(x, -whole)
 
 
 @dataclass(frozen=True)

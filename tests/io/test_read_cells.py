@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 from treedata import TreeData
 
+import cellfate as cf
 from cellfate import CellfateWarning, DataError
 from cellfate.cells import Cells
 from cellfate.io.anndata import read_cells
@@ -247,8 +248,12 @@ def test_observation_level_effects():
     adata.obs["cell"] = adata.obs_names
     assert len(read_cells(adata, "count", family="poisson", groups="cell").group_levels["cell"]) == N
     assert read_cells(adata, "edited", family="binomial", trials="sites", groups="cell").n == N
-    with pytest.warns(CellfateWarning, match="dispersion of the negative binomial"):
-        read_cells(adata, "count", family="negative_binomial", groups="cell")
+    # of a group the model warns, once; of clones, which are a tree to it, the reader
+    clones = {"lineage": "cell", "lineage_kernel": "clone"}
+    for arguments in ({"lineage": None, "spatial": None, "groups": "cell"}, clones | {"spatial": None}):
+        with pytest.warns(CellfateWarning) as said:
+            cf.tl.decompose(adata, "count", family="negative_binomial", rng=0, **arguments)
+        assert sum("dispersion of the negative binomial" in str(w.message) for w in said) == 1
 
 
 def cells_fields():

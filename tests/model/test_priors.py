@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 
 from cellfate.errors import DataError
-from cellfate.model.priors import Flat, HalfNormal, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
+from cellfate.model.priors import Flat, HalfNormal, Lkj, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
 from tests.problem import double
 
 PRIORS = {
@@ -18,12 +18,16 @@ PRIORS = {
     LogNormal(40.0, 0.2): stats.lognorm(s=0.2, scale=40.0),
     Normal(5.0): stats.norm(scale=5.0),
     Uniform(): stats.uniform(),
+    Lkj(1.0): stats.uniform(-1, 2),
+    Lkj(2.5): stats.beta(2.5, 2.5, -1, 2),
 }
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
 def test_density(prior):
-    x = np.array([0.001, 0.02, 0.4, 0.99]) if isinstance(prior, Uniform) else np.array([1e-3, 0.1, 0.5, 2.0, 11.0])
+    x = np.array([1e-3, 0.1, 0.5, 2.0, 11.0])
+    if isinstance(prior, Uniform | Lkj):
+        x = np.array([0.001, 0.02, 0.4, 0.99]) * ([1, -1, -1, 1] if isinstance(prior, Lkj) else 1)
     np.testing.assert_allclose(prior.log_density(double(x)), PRIORS[prior].logpdf(x), rtol=1e-12, atol=1e-14)
 
 
@@ -41,6 +45,7 @@ def test_every_prior_is_compared():
         (("normal", 5.0), Normal(5.0)),
         (("uniform",), Uniform()),
         ("uniform", Uniform()),
+        (("lkj", 2), Lkj(2.0)),
         (("fixed", 0.3), 0.3),
         (HalfNormal(1.0), HalfNormal(1.0)),
     ],
@@ -81,6 +86,7 @@ SCALES = {
     "sd": (HalfNormal(2.0), [0.0, 0.3, 7.0]),
     "log": (LogNormal(0.5, 1.5), [1e-3, 0.5, 40.0]),
     "logit": (Uniform(), [0.01, 0.5, 0.97]),
+    "atanh": (Lkj(2.5), [-0.97, 0.0, 0.5]),
     "real": (Normal(3.0), [-2.0, 0.0, 5.0]),
 }
 
@@ -109,7 +115,7 @@ def test_density_of_the_coordinate_is_that_of_the_value(scale):
     assert below == pytest.approx(float(PRIORS.get(prior, stats.norm(scale=3.0)).cdf(0.4)), abs=1e-8)
 
 
-@pytest.mark.parametrize("scale", ["sd", "log", "logit", "real"])
+@pytest.mark.parametrize("scale", ["sd", "log", "logit", "atanh", "real"])
 def test_flat_is_flat_in_the_coordinate(scale):
     parameter = Parameter("x", scale, Flat(), 0.5)
     np.testing.assert_array_equal(parameter.log_density(double([-3.0, 0.1, 2.0])), np.zeros(3))
@@ -139,3 +145,16 @@ def test_bounds_are_in_the_coordinate():
     assert Parameter("b", "real", Flat(), 0.0).bounds == (-math.inf, math.inf)
     low, high = Parameter("lam", "logit", Flat(), 0.5, 1e-4, 1 - 1e-4).bounds
     assert (low, high) == pytest.approx((math.log(1e-4 / (1 - 1e-4)), -math.log(1e-4 / (1 - 1e-4))))
+
+
+def test_a_uniform_correlation_is_one_up_to_its_ends():
+    parameter = Parameter("correlation_clone", "atanh", Lkj(1.0), 0.0)
+    u = double([-40.0, -1.0, 0.0, 1.0, 40.0])
+    np.testing.assert_allclose(parameter.log_density(u)[1:4], stats.logistic(scale=0.5).logpdf(u[1:4]), rtol=1e-13)
+    assert bool(parameter.log_density(u).isfinite().all())
+
+
+def test_only_a_correlation_is_held_below_zero():
+    assert parse_prior("correlation_clone", ("fixed", -0.4)) == -0.4
+    with pytest.raises(DataError, match="is not understood"):
+        parse_prior("correlation_clone", ("fixed", -1.0))
