@@ -267,6 +267,8 @@ GROUPS = {"batch": "~ 1 + time", "clone": None, "stage": "~ 0 + time"}
 FITS = {
     "groups": {"groups": ["batch", "stage"], "formula": "~ 1 + time"},
     "slopes": {"groups": GROUPS},
+    "covarying": {"groups": {"batch": "(1 + time | batch)", "stage": "~ 1"}},
+    "an interaction": {"interaction": True},
     "specimens": {"library_key": "stage"},  # of three, each gets an intercept
     "no specimens": {"library_key": "stage", "groups": []},
     "held": {"priors": {"sd_lineage": ("fixed", 1.5), "beta": ("normal", 20.0)}, "lengthscale": 30.0},
