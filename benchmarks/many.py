@@ -33,7 +33,7 @@ def responses(problem: Problem, count: int, seed: int) -> tuple[np.ndarray, np.n
     from cellfate.trees.sweeps import draw
 
     rng = np.random.default_rng([seed, problem.n, count])
-    variances = rng.gamma(1.5, 0.5, size=(count, 3)) + [0.0, 0.0, 0.1]
+    variances = rng.gamma(1.5, 0.5, size=(count, 3)) + np.array([0.0, 0.0, 0.1])
     variances[rng.random(count) < 0.2, 0] = 0.0
     variances[rng.random(count) < 0.2, 1] = 0.0
     plan = TreePlan(problem.parent, problem.leaf)

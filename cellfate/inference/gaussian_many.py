@@ -297,16 +297,23 @@ def _in_parts(posteriors: Posteriors, count: int, start: np.ndarray | None = Non
     for first in range(0, count, AT_ONCE):
         some = np.arange(first, min(first + AT_ONCE, count))
         parts.append(posteriors.modes(some, None if start is None else start[some]))
-    joined = [
-        np.concatenate([getattr(p, name) for p in parts])
-        for name in ("u", "log_posterior", "log_prior", "curvature", "gain")
-    ]
-    return Modes(*joined, steps=max(p.steps for p in parts))
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(p, name) for p in parts])
+
+    names = ("u", "log_posterior", "log_prior", "curvature", "gain")
+    return Modes(**{name: joined(name) for name in names}, steps=max(p.steps for p in parts))
 
 
 def _some_of(modes: Modes, some: np.ndarray) -> Modes:
-    fields = (modes.u, modes.log_posterior, modes.log_prior, modes.curvature, modes.gain)
-    return Modes(*(x[some] for x in fields), steps=modes.steps)
+    return Modes(
+        modes.u[some],
+        modes.log_posterior[some],
+        modes.log_prior[some],
+        modes.curvature[some],
+        modes.gain[some],
+        modes.steps,
+    )
 
 
 def _assembled(

@@ -171,7 +171,7 @@ class Posteriors:
         flat, of = index.reshape(len(rows), -1, 3), table.reshape(len(rows), -1, width)
         keys = np.ravel_multi_index(tuple(np.moveaxis(flat, -1, 0)), [len(x) for x in axes])
         count = 0
-        for key in np.unique(keys[needed]):
+        for key in np.unique(np.asarray(keys)[needed]):
             some, slot = np.nonzero((keys == key) & needed[:, None])
             point = np.array([x[i] for x, i in zip(axes, np.unravel_index(key, [len(x) for x in axes]), strict=True)])
             ratio, left = (
@@ -367,21 +367,22 @@ class Posteriors:
         for count in (SCOUTS, CLOUD):
             proposal = Proposals(location, INFLATE * factor, self.folded)
             u = proposal.draw(count, turns)
-            inside = ((u >= low[:, None]) & (u <= high[:, None])).all(-1)
+            inside = np.asarray(((u >= low[:, None]) & (u <= high[:, None])).all(-1))
             value, at, v, found = self.look(rows, np.where(inside[..., None], u, location[:, None]), forms)
             log_ratio = np.where(inside, np.nan_to_num(value, nan=-np.inf) - proposal.log_density(u), -np.inf)
             weight = np.exp(log_ratio - logsumexp(log_ratio, axis=1, keepdims=True))
-            if count == SCOUTS:
-                capped = np.minimum(weight, 8 / SCOUTS)  # a single point is no shape
-                capped /= capped.sum(1, keepdims=True)
-                centre = (capped[..., None] * u).sum(1)
-                apart = u - centre[:, None]
-                spread = np.einsum("gt,gti,gtj->gij", capped, apart, apart)
-                location, factor = centre, np.linalg.cholesky(spread + 0.05 * factor @ factor.mT)
-                middle = (capped[..., None] * at).sum(1)
-                reach = FAR * np.sqrt((capped[..., None] * (at - middle[:, None]) ** 2).sum(1)) + 1e-3
-                forms = forms.about(middle, reach)
-        return Cloud(u, log_ratio, v, found, self._edge(rows, at, weight))
+            if count == CLOUD:
+                return Cloud(u, log_ratio, v, found, self._edge(rows, at, weight))
+            capped = np.minimum(weight, 8 / SCOUTS)  # a single point is no shape
+            capped /= capped.sum(1, keepdims=True)
+            centre = (capped[..., None] * u).sum(1)
+            apart = u - centre[:, None]
+            spread = np.einsum("gt,gti,gtj->gij", capped, apart, apart)
+            location, factor = centre, np.linalg.cholesky(spread + 0.05 * factor @ factor.mT)
+            middle = (capped[..., None] * at).sum(1)
+            reach = FAR * np.sqrt((capped[..., None] * (at - middle[:, None]) ** 2).sum(1)) + 1e-3
+            forms = forms.about(middle, reach)
+        raise AssertionError("the last proposal is not the last")
 
     def _edge(self, rows: np.ndarray, at: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Share of the weight in the last fiftieth of the tables' axes, where the model itself goes on."""
