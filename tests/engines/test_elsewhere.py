@@ -141,7 +141,10 @@ def test_a_tree_without_cells_is_as_before_the_data():
     model = small_problem(lineage="ou")[0]
     kernel = kernel_of(model, "lineage")
     tree = kernel.forest.tree[kernel.leaf]
-    model = model.at(np.flatnonzero(tree != 3))  # the largest one is lost
+    seen = np.flatnonzero(tree != 3)  # the largest one is lost, while the forest keeps it
+    whole = replace(kernel, leaf=kernel.leaf[seen])
+    components = [Component(c.name, whole if c.name == "lineage" else c.kernel.at(seen)) for c in model.components]
+    model = replace(model.at(seen), components=components)
     unseen = kernel.forest.tree == 3
     scales = []
     for engine in (dense_engine(model.components, model.data.n), structured(model)):
