@@ -15,11 +15,17 @@ FREE_ENERGY = "free_energy"
 LOG_EVIDENCE = "log_evidence"
 DIAGNOSTICS = "diagnostics"
 ANCESTORS = "ancestors"
+RESPONSES = "responses"  # a row per response, where there are many
 
 
 def effects(key: str) -> str:
     """The `obsm` slot of per-cell effects."""
     return f"{key}_effects"
+
+
+def shares(key: str) -> str:
+    """The `varm` slot of shares, where the responses are genes."""
+    return f"{key}_shares"
 
 
 def node_attributes(key: str) -> tuple[str, str]:

@@ -5,9 +5,12 @@ Nothing here alters a result unseen: there is no global seed, no global dtype, a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -51,6 +54,24 @@ def verbosity(level: int | str) -> None:
     logger.setLevel(LEVELS[level])
 
 
+_one_of_many: ContextVar[bool] = ContextVar("one_of_many", default=False)
+
+
+@contextmanager
+def one_of_many() -> Iterator[None]:
+    """Inside, work is one of many pieces alike: it has no progress bar of its own, and `announce` is silent."""
+    token = _one_of_many.set(True)
+    try:
+        yield
+    finally:
+        _one_of_many.reset(token)
+
+
+def announce(message: str, *details: object) -> None:
+    """Log at ``"info"`` what is said once for a fit, and at ``"debug"`` where there are many."""
+    logger.log(logging.DEBUG if _one_of_many.get() else logging.INFO, message, *details)
+
+
 def progress(
     iterable: Iterable[Any] | None = None, *, total: float | None = None, desc: str | None = None, unit: str = "it"
 ) -> tqdm:
@@ -65,7 +86,7 @@ def progress(
         desc=desc,
         unit=unit,
         leave=False,
-        disable=not logger.isEnabledFor(logging.INFO),
+        disable=_one_of_many.get() or not logger.isEnabledFor(logging.INFO),
         mininterval=0.1 if interactive else 10.0,
         dynamic_ncols=interactive,
     )
@@ -120,6 +141,12 @@ def generator(rng: SeedLike | None = None) -> np.random.Generator:
     if isinstance(rng, int | np.integer) and rng < 0:
         raise ValueError(f"rng is {rng}: a seed must be 0 or more.")
     return np.random.default_rng(rng)
+
+
+def named_generator(seed: int, name: str) -> np.random.Generator:
+    """Return a Generator for a task by its name: the same numbers whatever other tasks there are, and in whatever order."""
+    words = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype=np.uint32)
+    return np.random.default_rng([seed, *(int(word) for word in words)])
 
 
 def out_of_memory(error: BaseException) -> bool:

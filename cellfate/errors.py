@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class DataError(ValueError):
@@ -18,3 +19,11 @@ def unknown(what: str, value: object, known: Iterable[str]) -> DataError:
     close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? There is" if close else "choose from"
     return DataError(f"unknown {what} {value!r}; {hint} {', '.join(names)}.")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One of many responses that has no fit, and why."""
+
+    response: str
+    reason: str

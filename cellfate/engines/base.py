@@ -146,6 +146,10 @@ class Engine(ABC):
         """
         return self
 
+    def shared(self) -> Engine:
+        """The same engine, which keeps what it makes for one response where another may need it."""
+        return self
+
     def pilot(self, components: Sequence[Component], cells: np.ndarray) -> Engine:
         """A cheap engine for a first fit of some of the cells."""
         return self.at(components, cells)

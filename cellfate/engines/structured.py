@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
 from cellfate.engines.lowrank import COLUMNS
+from cellfate.engines.made import Made
 from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Diagonal, Given, Term, sample_variance
@@ -51,9 +52,11 @@ class StructuredEngine(Engine):
         rank: int | None = None,
         ranges: Mapping[str, tuple[float, float]] | None = None,
         rough: bool = False,
+        made: Made | None = None,
     ) -> None:
         self.n, self.like = n, torch.empty(0, device=device, dtype=dtype)
         self.rank, self.ranges, self.rough = rank, dict(ranges or {}), rough
+        self._made = made
         self._kernels = {component.name: component.kernel for component in components}
         self._components = tuple(components)
         self.plan: TreePlan | None = None
@@ -74,17 +77,28 @@ class StructuredEngine(Engine):
             (hyper,) = kernel.hyperparameters
             wide = (hyper.lower / REACH, hyper.upper * REACH) if hyper.fixed is None else (hyper.lower, hyper.upper)
             low, high = self.ranges.get(name, wide)
-            self._fields[name] = field_basis(
-                kernel.coordinates,
-                kernel.correlation,
-                low,
-                high,
-                specimen=kernel.specimens,
-                rank=self.rank,
-                information=self._information.get(name, 0.0),
-                like=self.like,
+            settings = {
+                "rank": self.rank,
+                "information": 0.0 if self.rank is not None else self._information.get(name, 0.0),
                 **self._landmarks(),
-            )
+            }
+
+            def make() -> FieldBasis:
+                return field_basis(
+                    kernel.coordinates,
+                    kernel.correlation,
+                    low,
+                    high,
+                    specimen=kernel.specimens,
+                    like=self.like,
+                    **settings,  # type: ignore[arg-type]
+                )
+
+            if self._made is None:
+                self._fields[name] = make()
+            else:
+                of = (type(kernel), kernel.coordinates, kernel.specimens)
+                self._fields[name] = self._made.find(of, (low, high, *sorted(settings.items())), make)
         return self._fields[name]
 
     def _landmarks(self) -> dict[str, int]:
@@ -103,6 +117,7 @@ class StructuredEngine(Engine):
             dtype=self.like.dtype,
             rank=self.rank,
             ranges={**self.ranges, **ranges},
+            made=self._made,
         )
         engine.plan, engine._information = self.plan, dict(information or {})
         return engine
@@ -119,10 +134,29 @@ class StructuredEngine(Engine):
             if isinstance(kernel, SpatialKernel) and any(h.fixed is None for h in kernel.hyperparameters)
         )
 
+    def shared(self) -> StructuredEngine:
+        engine = StructuredEngine(
+            self._components,
+            self.n,
+            device=self.like.device,
+            dtype=self.like.dtype,
+            rank=self.rank,
+            ranges=self.ranges,
+            made=Made(),
+        )
+        engine.plan = self.plan
+        return engine
+
     def pilot(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
         rank = PILOT_RANK if self.rank is None else min(PILOT_RANK, self.rank)
         return StructuredEngine(
-            components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=rank, rough=True
+            components,
+            len(cells),
+            device=self.like.device,
+            dtype=self.like.dtype,
+            rank=rank,
+            rough=True,
+            made=self._made,
         )
 
     def _phi(self, term: Term) -> Tensor | None:
@@ -213,7 +247,13 @@ class StructuredEngine(Engine):
 
     def at(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
         return StructuredEngine(
-            components, len(cells), device=self.like.device, dtype=self.like.dtype, rank=self.rank, ranges=self.ranges
+            components,
+            len(cells),
+            device=self.like.device,
+            dtype=self.like.dtype,
+            rank=self.rank,
+            ranges=self.ranges,
+            made=self._made,
         )
 
     def points_at_once(self, memory: float) -> int:

@@ -9,6 +9,17 @@ from cellfate.get.tables import (
     fixed_effects,
     hyperparameters,
     params,
+    responses,
 )
 
-__all__ = ["ancestors", "components", "diagnostics", "draws", "effects", "fixed_effects", "hyperparameters", "params"]
+__all__ = [
+    "ancestors",
+    "components",
+    "diagnostics",
+    "draws",
+    "effects",
+    "fixed_effects",
+    "hyperparameters",
+    "params",
+    "responses",
+]

@@ -51,7 +51,7 @@ def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Equally weighted posterior draws of the hyperparameters, one row each.
 
     Needs :func:`cellfate.tl.decompose`. Columns `variance_<component>`, `lengthscale_spatial`, `share_<component>`
-    (latent scale), `beta[<term>]` and whatever else the model has.
+    (latent scale), `beta[<term>]` and whatever else the model has. Of many responses, 200 draws of each, with a column `response`.
     """
     return _table(adata, key, _keys.DRAWS).reset_index(drop=True)
 
@@ -66,9 +66,21 @@ def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 
     Returns
     -------
-    Columns `term`, `median`, `mean`, `sd`, `lower` and `upper` (95% interval), from the posterior draws.
+    Columns `term`, `median`, `mean`, `sd`, `lower` and `upper` (95% interval), from the posterior draws; of many responses with a
+    column `response` before them.
     """
     table = draws(adata, key)
+    if "response" not in table:
+        return _hyperparameters(table)
+    parts = [
+        _hyperparameters(own.drop(columns="response")).assign(response=name)
+        for name, own in table.groupby("response", sort=False)
+    ]
+    whole = pd.concat(parts, ignore_index=True)
+    return whole[["response", *(c for c in whole.columns if c != "response")]]
+
+
+def _hyperparameters(table: pd.DataFrame) -> pd.DataFrame:
     found: dict[str, pd.Series] = {}
     for name in table.columns:
         if name.startswith("correlation_"):
@@ -95,7 +107,7 @@ def _is_slope(name: str, group: str, table: pd.DataFrame) -> bool:
 def fixed_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Coefficients of the formula on link scale: `term`, `estimate`, `sd`, `lower`, `upper` (95% interval).
 
-    Needs :func:`cellfate.tl.decompose`.
+    Needs :func:`cellfate.tl.decompose`. Of many responses with a column `response`.
     """
     return _table(adata, key, _keys.FIXED_EFFECTS).reset_index(drop=True)
 
@@ -105,7 +117,7 @@ def effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 
     Needs :func:`cellfate.tl.decompose`. Rows are `adata.obs_names`; cells that were left out of the fit are NaN.
     """
-    _results(adata, key)
+    _single(adata, key, "effects in every cell")
     slot = _keys.effects(key)
     if slot not in adata.obsm:
         raise DataError(
@@ -166,7 +178,37 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
     `engine`, `engine_reason`, `seconds`
         What solved the Gaussian problems, why it was chosen, and the time of the whole fit.
     """
+    _single(adata, key, "diagnostics, see `cf.get.responses`")
     return dict(_results(adata, key).get(_keys.DIAGNOSTICS, {}))
+
+
+def responses(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """How the fit of each response went, a row each.
+
+    Needs :func:`cellfate.tl.decompose`.
+
+    Returns
+    -------
+    Columns `response`, `status` (``"converged"``, the doubts about the fit, or ``"failed: <reason>"``, and the rest is NaN),
+    `free_energy` (at the mode), `log_evidence`, `mode_<hyperparameter>`, and the diagnostics, see :func:`diagnostics`. Many
+    negative binomial responses also have `dispersion_trend`, the dispersion that is expected of a response of that mean.
+    """
+    results = _results(adata, key)
+    if _keys.RESPONSES in results:
+        return _table(adata, key, _keys.RESPONSES)
+    found = dict(results.get(_keys.DIAGNOSTICS, {}))
+    row = {"response": results[_keys.PARAMS]["fate"], "status": found.pop("status", "")}
+    row |= {name: results[name] for name in (_keys.FREE_ENERGY, _keys.LOG_EVIDENCE)}
+    return pd.DataFrame([row | {f"mode_{name}": value for name, value in results[_keys.MODE].items()} | found])
+
+
+def _single(adata: AnnData, key: str, what: str) -> None:
+    """Refuse what there is only of one response."""
+    if _keys.RESPONSES in _results(adata, key):
+        raise DataError(
+            f"adata.uns[{key!r}] holds the fits of many responses, which have no {what}. For one of them run "
+            "`cf.tl.decompose(adata, '<its name>', ..., key_added='<another key>')`."
+        )
 
 
 def _results(adata: AnnData, key: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from cellfate._runtime import SeedLike, generator, logger, out_of_memory, resolve_device, resolve_dtype
+from cellfate._runtime import SeedLike, announce, generator, out_of_memory, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
 from cellfate.engines.choose import ENGINES, NOT_YET, choose
 from cellfate.errors import CellfateWarning, DataError, unknown
@@ -149,6 +150,7 @@ class GLMM:
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
         self.engine_name, self.rank = engine, rank
+        self._engine: tuple[Engine, str] | None = None
         self._problem: tuple[Model, Engine, str] | None = None
 
     def fit(
@@ -171,7 +173,7 @@ class GLMM:
         """
         began = time.perf_counter()
         model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response)
-        logger.info("%s", why)
+        announce("%s", why)
         try:
             model, engine, mode = locate(model, engine, self.rule)
             posterior = integrate(model, engine, self.rule, mode, generator(rng))
@@ -282,10 +284,20 @@ class GLMM:
             )
         return self._predict(draws, component, lambda here, term: here.elsewhere(term, where, codes), count, rng)
 
-    def _predict(self, draws: GLMMFit | Draws, component: str, ask: Ask, count: int, rng: SeedLike | None) -> Predicted:
+    @property
+    def reason(self) -> str:
+        """Why the engine is the one it is."""
+        return self._chosen(self.components[0].kernel.n)[1]
+
+    @property
+    def problem(self) -> tuple[Model, Engine, str]:
+        """The model over the data of the last call, its engine, and why that one."""
         if self._problem is None:
             raise DataError("there is no data yet: call fit first, or `on` with the data of an earlier fit.")
-        model, engine, _ = self._problem
+        return self._problem
+
+    def _predict(self, draws: GLMMFit | Draws, component: str, ask: Ask, count: int, rng: SeedLike | None) -> Predicted:
+        model, engine, _ = self.problem
         found = draws.draws if isinstance(draws, GLMMFit) else draws
         return predict(model, engine, self.rule, found, component, ask, count=count, rng=generator(rng))
 
@@ -316,8 +328,27 @@ class GLMM:
         outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total))
         data = Data(outcome, self._tensor(design), names, self._tensor(known))
         model = Model(self.family, self.components, data, self.priors, self.reml)
-        engine, why = choose(self.engine_name, self.components, n, device=self.device, dtype=self.dtype, rank=self.rank)
-        return model, engine, why
+        return model, *self._chosen(n)
+
+    def _chosen(self, n: int) -> tuple[Engine, str]:
+        if self._engine is None or self._engine[0].n != n:
+            self._engine = choose(
+                self.engine_name, self.components, n, device=self.device, dtype=self.dtype, rank=self.rank
+            )
+        return self._engine
+
+    def with_priors(self, priors: Mapping[str, object]) -> GLMM:
+        """The same model with these priors in place of its own where they are of one name; what is made for one serves both."""
+        other = copy(self)
+        other.priors, other._problem = checked_priors({**self.priors, **priors}, self.components), None
+        return other
+
+    def shared(self) -> GLMM:
+        """The same model for several responses of its cells, which keeps what one may take over from another."""
+        other = copy(self)
+        engine, why = self._chosen(self.components[0].kernel.n)
+        other._engine, other._problem = (engine.shared(), why), None
+        return other
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(x).to(self.device, self.dtype)

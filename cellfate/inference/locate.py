@@ -19,6 +19,7 @@ PILOT = 2000  # cells of the pilot fit
 STAGE, GROWTH = 8_000, 8  # cells of a second fit where there are many more, and how many times more the next one has
 WITHIN = (5.0, 10.0)  # sds of the pilot's log length-scale below and above its mode: a posterior reaches further up
 NARROWEST = 0.1  # of that sd, at least
+GRID = 0.25  # of the log length-scales between which a basis is made
 ATTEMPTS = 3
 FINE = 10_000  # cells up to which columns are also taken for the last tenth of a nat; with more, that is far below what they tell
 
@@ -31,7 +32,7 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
     fields = {f"lengthscale_{field}": field for field in engine.fields() if f"lengthscale_{field}" in names}
     if not fields:
         return model, engine, find_mode(model, engine, rule)
-    some = _some(model.data.n, PILOT)
+    some = some_cells(model.data.n, PILOT)
     thin = model.at(some)
     pilot = find_mode(thin, engine.pilot(thin.components, some), rule, gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
@@ -71,7 +72,7 @@ def _focused(
     return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u))
 
 
-def _some(n: int, count: int) -> np.ndarray:
+def some_cells(n: int, count: int) -> np.ndarray:
     """Cells at random: those that come in turns would be thinned to one of them. The seed only makes a fit repeatable."""
     return np.arange(n) if n <= count else np.sort(np.random.default_rng(0).permutation(n)[:count])
 
@@ -86,7 +87,7 @@ def _stage(
     cells: int,
 ) -> torch.Tensor:
     """A better start, from a larger part of the cells; narrows `sd` to what it leaves open."""
-    some, limits = _some(model.data.n, cells), _limits(model, u, sd)
+    some, limits = some_cells(model.data.n, cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
     mode = find_mode(thin, sharp, rule, start=_not_absent(model, u), gain=PILOT_GAIN)
@@ -104,6 +105,8 @@ def _limits(model: Model, u: torch.Tensor, sd: dict[str, float]) -> Ranges:
             low, high = np.log(parameter.lower), np.log(parameter.upper)
             centre, (down, up) = float(np.clip(float(u[i]), low, high)), WITHIN
             lower, upper = centre - down * sd[parameter.name], centre + up * sd[parameter.name]
+            # on a grid, so that responses alike can share what is made for them
+            lower, upper = GRID * np.floor(lower / GRID), GRID * np.ceil(upper / GRID)
             out[parameter.name] = float(np.exp(max(low, lower))), float(np.exp(min(high, upper)))
     return out
 

@@ -25,6 +25,7 @@ from cellfate.io.columns import (
 from cellfate.io.design import columns_of, design_matrix, separating
 from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
+from cellfate.io.many import read_trials
 from cellfate.io.neighbors import graph_of_field, has_graph, read_graph, read_niche
 from cellfate.io.responses import Response, read_response
 from cellfate.model.checks import check_finite, check_log_offset, find_family, warn_of_two_dispersions
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
 
 def read_cells(
     adata: AnnData,
-    fate: str,
+    fate: str | None,
     *,
+    layer: str | None = None,
     family: str,
     formula: str = "~ 1",
     lineage: Any = _keys.TREE,
@@ -52,6 +54,8 @@ def read_cells(
     trials: Any = None,
 ) -> Cells:
     """Read one fate and all that may explain it; see :func:`cellfate.tl.decompose` for the arguments.
+
+    With None for `fate` all but the fate, which is NaN: many fates are read by :mod:`cellfate.io.many`.
 
     Every break of the data contract is a :class:`DataError`. Doubtful input is a :class:`CellfateWarning`: cells
     without a leaf that are left out (`cf.pp.set_tree(..., missing="drop")`), shared positions, perfect separation.
@@ -70,7 +74,11 @@ def read_cells(
     if ancestry is not None:
         forest, leaf, kept = match(ancestry, names)
     names = names[kept]
-    response = read_response(adata, fate, kind=kind, trials=trials, kept=kept)
+    if fate is None:
+        shared = read_trials(adata, trials, kept) if kind == "successes" else None
+        response = Response(np.full(int(kept.sum()), np.nan), shared, None)
+    else:
+        response = read_response(adata, fate, kind=kind, trials=trials, kept=kept, layer=layer)
     if not kept.all():
         left_out = adata.obs_names[~kept]
         warnings.warn(
@@ -109,7 +117,7 @@ def read_cells(
     return Cells(
         names=names,
         response=response.y,
-        response_name=fate,
+        response_name="" if fate is None else fate,
         design=design,
         terms=terms,
         offset=_offset(adata, offset, kind, names, kept),
@@ -253,14 +261,14 @@ def _check_apart(
 
 
 def _design(
-    adata: AnnData, formula: str, fate: str, response: Response, kept: np.ndarray
+    adata: AnnData, formula: str, fate: str | None, response: Response, kept: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     obs = adata.obs[kept]
     design, terms = design_matrix(formula, obs)
     if fate in columns_of(formula):
         raise DataError(f"formula {formula!r} has the fate {fate!r} among its own covariates. Leave it out.")
     y, trials = response.y, response.trials
-    if response.levels is None and trials is None:
+    if fate is None or (response.levels is None and trials is None):
         return design, terms
     zero, one = y < (1 if trials is None else trials), y > 0
     found = separating(formula, obs, design, terms, zero=zero, one=one)

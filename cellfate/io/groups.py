@@ -30,7 +30,7 @@ COVARYING = re.compile(r"\s*\(([^|]*[^|\s])\s*(\|\|?)\s*([^|]*[^|\s])\s*\)\s*")
 
 
 def read_groups(
-    adata: AnnData, groups: Any, fate: str, kind: str, response: Response, kept: np.ndarray
+    adata: AnnData, groups: Any, fate: str | None, kind: str, response: Response, kept: np.ndarray
 ) -> tuple[Codes, Levels, SlopesOf, dict[str, str]]:
     """Codes (n,) and level names of every random intercept, codes and covariate (n,) of every random slope, and which covary.
 
@@ -112,7 +112,7 @@ def _formulas(groups: Any) -> list[tuple[Any, Any]]:
 
 
 def _read_group(
-    adata: AnnData, key: Any, fate: str, kind: str, response: Response, kept: np.ndarray
+    adata: AnnData, key: Any, fate: str | None, kind: str, response: Response, kept: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...], str]:
     values = column(adata, key, "groups")[kept]
     label = f"group obs[{key!r}]"
@@ -137,7 +137,7 @@ def _read_group(
 
 
 def _columns(
-    adata: AnnData, key: str, formula: Any, label: str, fate: str, codes: np.ndarray, kept: np.ndarray
+    adata: AnnData, key: str, formula: Any, label: str, fate: str | None, codes: np.ndarray, kept: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Columns (n,) of a group's formula by term, each varying over the cells; centered where there is an intercept."""
     obs = adata.obs[kept]

@@ -26,25 +26,21 @@ class Response:
     levels: tuple[str, str] | None  # binary only: what 0 and 1 stand for
 
 
-def find_fate(adata: AnnData, fate: Any) -> tuple[pd.Series, str]:
+def find_fate(adata: AnnData, fate: Any, layer: str | None = None) -> tuple[pd.Series, str]:
     """The fate of every cell, and how to call it in a message."""
-    if isinstance(fate, (list, tuple, np.ndarray, pd.Index)):
-        raise NotImplementedError(
-            f"fate is a list of {len(fate)}: several fates at once are not there yet. Loop over them: "
-            "`for name in fates: cf.tl.decompose(adata, name, ..., key_added=f'cellfate_{name}')`."
-        )
     if not isinstance(fate, str):
         raise DataError(f"fate is of type {type(fate).__name__}, wanted the name of an obs column or of a gene.")
     in_obs, genes = fate in adata.obs.columns, np.flatnonzero(adata.var_names == fate)
     if in_obs and genes.size:
         raise DataError(f"fate {fate!r} is both an obs column and a gene. Rename one of them.")
+    if in_obs and layer is not None:
+        raise DataError(f"layer {layer!r} was given, but fate {fate!r} is an obs column. Leave it out.")
     if in_obs:
         return column(adata, fate, "fate"), f"fate obs[{fate!r}]"
     if genes.size == 0:
         if fate in adata.obsm:
-            raise NotImplementedError(
-                f"fate {fate!r} is a matrix in obsm: several fates at once are not there yet. "
-                "Put one column of it into obs."
+            raise DataError(
+                f"fate {fate!r} is a matrix in obsm. Put its columns into obs and give their names as a list."
             )
         raise DataError(
             f"fate {fate!r} is neither an obs column ({instead(fate, adata.obs.columns)}) nor a gene "
@@ -54,14 +50,22 @@ def find_fate(adata: AnnData, fate: Any) -> tuple[pd.Series, str]:
         raise DataError(
             f"fate {fate!r} names {genes.size} genes of adata.var_names. Run `adata.var_names_make_unique()`."
         )
-    if adata.X is None:
-        raise DataError(f"fate {fate!r} is a gene, but adata.X is empty. Put the counts into adata.X.")
-    return pd.Series(adata.obs_vector(fate), index=adata.obs_names), f"fate {fate!r} (gene in X)"
+    if layer is not None and layer not in adata.layers:
+        raise DataError(
+            f"there is no layer {layer!r}; {instead(layer, adata.layers)}. Name one, or leave it out for X."
+        )
+    if layer is None and adata.X is None:
+        raise DataError(f"fate {fate!r} is a gene, but adata.X is empty. Put the counts into adata.X, or name a layer.")
+    values = adata.obs_vector(fate, layer=layer)
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    return pd.Series(values, index=adata.obs_names), f"fate {fate!r} (gene in {where})"
 
 
-def read_response(adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np.ndarray) -> Response:
+def read_response(
+    adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np.ndarray, layer: str | None = None
+) -> Response:
     """The fate of the kept cells, as a family of this kind (real, binary, successes, count) takes it."""
-    column_, label = find_fate(adata, fate)
+    column_, label = find_fate(adata, fate, layer)
     values, names = column_[kept], adata.obs_names[kept].to_numpy()
     remedy = f"Leave those cells out: `adata[adata.obs[{fate!r}].notna()]`." if fate in adata.obs else "Leave them out."
     if trials is not None and kind != "successes":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,14 @@ import pandas as pd
 from cellfate import _keys
 from cellfate._runtime import logger
 from cellfate.cells import Cells
-from cellfate.errors import DataError
+from cellfate.errors import DataError, Failure
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from cellfate.inference.fit import GLMMFit
+
+FEW_DRAWS = 200  # kept of each response, where there are many
 
 
 def check_free(adata: AnnData, key: str) -> None:
@@ -32,18 +34,19 @@ def check_free(adata: AnnData, key: str) -> None:
             f"adata.uns[{key!r}] holds a {type(held).__name__} that is no decomposition and would be overwritten. "
             "Choose another key_added, or remove it."
         )
-    slot = _keys.effects(key)
-    if slot in adata.obsm and not ours:
-        raise DataError(
-            f"adata.obsm[{slot!r}] is there already, without a decomposition in adata.uns[{key!r}], and would be "
-            "overwritten. Choose another key_added, or remove it."
-        )
+    for slot, name, where in ((_keys.effects(key), "obsm", adata.obsm), (_keys.shares(key), "varm", adata.varm)):
+        if slot in where and not ours:
+            raise DataError(
+                f"adata.{name}[{slot!r}] is there already, without a decomposition in adata.uns[{key!r}], and would be "
+                "overwritten. Choose another key_added, or remove it."
+            )
 
 
 def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: Mapping[str, Any]) -> None:
     """Write a fit to `uns[key]` and `obsm[f"{key}_effects"]`; cells that were left out get NaN."""
     fit = _without_slashes(fit)
     own(adata)
+    _clear(adata, key)
     effects = pd.DataFrame(index=adata.obs_names)
     for name, (mean, sd) in fit.effects.items():
         for column, values in ((f"{name}_mean", mean), (f"{name}_sd", sd)):
@@ -62,6 +65,73 @@ def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: 
         _keys.DIAGNOSTICS: _plain(fit.diagnostics),
     }
     adata.obsm[_keys.effects(key)] = effects
+
+
+def write_many(
+    adata: AnnData, key: str, found: Sequence[GLMMFit | Failure], genes: Sequence[str] | None, params: Mapping[str, Any]
+) -> None:
+    """Write the fits of many responses to `uns[key]`, and where they are `genes` their shares to `varm[f"{key}_shares"]`."""
+    fits = [_without_slashes(f) for f in found if not isinstance(f, Failure)]
+    names = [str(f.components["response"][0]) for f in fits]
+
+    def stacked(tables: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+        frames = [pd.DataFrame(table) for table in tables]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def named(tables: Iterable[Mapping[str, Any] | pd.DataFrame]) -> pd.DataFrame:
+        whole = stacked({"response": name, **dict(table)} for name, table in zip(names, tables, strict=True))
+        return whole.astype({"response": str}) if len(whole) else whole
+
+    shares = stacked(f.shares for f in fits)
+    own(adata)
+    _clear(adata, key)
+    adata.uns[key] = {
+        _keys.PARAMS: _plain(params),
+        _keys.COMPONENTS: stacked(f.components for f in fits),
+        _keys.SHARES: shares,
+        _keys.FIXED_EFFECTS: named(_fixed_effects(f) for f in fits),
+        _keys.DRAWS: named({name: x[:FEW_DRAWS] for name, x in f.draws.items()} for f in fits),
+        _keys.RESPONSES: _responses(found),
+    }
+    if genes is not None and fits:
+        latent = shares[shares["scale"] == "latent"]
+        table = latent.pivot_table(index="response", columns="component", values="share", observed=True)
+        order = [name for name in fits[0].shares["component"] if name in table]
+        table = table[list(dict.fromkeys(order))].reindex(adata.var_names)
+        table.columns = table.columns.astype(str)
+        table.columns.name = table.index.name = None
+        adata.varm[_keys.shares(key)] = table
+
+
+def _responses(found: Sequence[GLMMFit | Failure]) -> pd.DataFrame:
+    """A row per response: how its fit went, its evidence and its mode."""
+    rows: list[dict[str, Any]] = []
+    for one in found:
+        if isinstance(one, Failure):
+            rows.append({"response": one.response, "status": f"failed: {one.reason}"})
+            continue
+        rows.append(
+            {
+                "response": str(one.components["response"][0]),
+                "status": one.diagnostics["status"],
+                _keys.FREE_ENERGY: one.free_energy,
+                _keys.LOG_EVIDENCE: one.log_evidence,
+                **{f"mode_{name.replace('/', '_')}": value for name, value in one.mode.items()},
+                **{name: value for name, value in one.diagnostics.items() if name != "status"},
+            }
+        )
+    table = pd.DataFrame(rows)
+    for column in table.select_dtypes(exclude="number"):
+        if all(isinstance(value, str) for value in table[column].dropna()):
+            table[column] = table[column].fillna("")
+    return table
+
+
+def _clear(adata: AnnData, key: str) -> None:
+    """Take away what an earlier fit of this name wrote beside `uns`, which the new one may not write."""
+    for slot, where in ((_keys.effects(key), adata.obsm), (_keys.shares(key), adata.varm)):
+        if slot in where:
+            del where[slot]
 
 
 def write_table(adata: AnnData, key: str, name: str, table: pd.DataFrame) -> None:

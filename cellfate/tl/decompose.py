@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,16 @@ from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of
 from cellfate.io.groups import TAKEN
+from cellfate.io.many import find_fates
 from cellfate.io.neighbors import graph_of_field
-from cellfate.io.store import check_free, write_results
+from cellfate.io.store import check_free, write_many, write_results
 from cellfate.kernels.base import Component
 from cellfate.kernels.graph import Composition, Graph
 from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
 from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
+from cellfate.tl.many import fit_all
 from cellfate.trees.forest import Forest
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
 
 def decompose(
     adata: AnnData,
-    fate: str,
+    fate: str | Sequence[str] | None = None,
     *,
+    layer: str | None = None,
     family: str,
     link: str | None = None,
     formula: str = "~ 1",
@@ -69,6 +72,8 @@ def decompose(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float64",
     rng: SeedLike | None = None,
+    min_cells: int = 10,
+    chunk_size: int | str = "auto",
     key_added: str = _keys.KEY,
     copy: bool = False,
 ) -> AnnData | None:
@@ -80,7 +85,10 @@ def decompose(
     Parameters
     ----------
     fate
-        A column of `adata.obs`, or one gene of `adata.var_names`.
+        A column of `adata.obs`, or one gene of `adata.var_names`. Or a list of them, each a response with hyperparameters of its
+        own; or None for all genes that are above zero in `min_cells` cells.
+    layer
+        Where genes are read, in place of `adata.X`. Of many genes only a chunk is dense at a time; `X` may be on disk.
     family, link
         ``"gaussian"``; ``"bernoulli"`` or ``"binomial"`` (``"logit"``, ``"probit"``, ``"cloglog"``); ``"poisson"`` or
         ``"negative_binomial"`` (``"log"``; variance mu + dispersion mu^2).
@@ -146,6 +154,8 @@ def decompose(
         ``"auto"``, ``"cpu"`` or ``"cuda"``; ``"float64"`` or ``"float32"``.
     rng
         Seed of the integration over hyperparameters.
+    min_cells, chunk_size
+        For many responses: see `fate`, and how many are read at once. Results do not depend on the chunks, nor on the order.
     key_added
         Name of the slots that are written. An earlier fit of that name is replaced, anything else is refused.
     copy
@@ -160,6 +170,11 @@ def decompose(
         the mode), `log_evidence`, `diagnostics` (status, k-hat, verdict, ...), `params`.
     `adata.obsm[f"{key_added}_effects"]`
         Data frame (n, 2 per component): posterior mean and sd of each component in each cell, link scale.
+
+    Of many responses the tables have a column `response`, `draws` are 200 of each, and there are no effects; in place of the mode
+    and the diagnostics `adata.uns[key_added]` has `responses` (see :func:`cellfate.get.responses`), where a response that could
+    not be fitted says why. Where all are genes, `adata.varm[f"{key_added}_shares"]` has their shares, a column per component.
+    Under ``"negative_binomial"``, 20 responses or more have their dispersions shrunk to a trend over their means.
 
     Raises
     ------
@@ -188,7 +203,8 @@ def decompose(
     check_free(adata, key_added)
     cells = read_cells(
         adata,
-        fate,
+        fate if isinstance(fate, str) else None,
+        layer=layer,
         family=family,
         formula=formula,
         lineage=lineage,
@@ -207,14 +223,9 @@ def decompose(
         cells, lineage_kernel, spatial_kernel, lengthscale, rank, interaction=interaction, olre=olre
     )
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
-    logger.info("%s: %d cells, %s, %s", fate, len(cells.names), family, " + ".join(c.name for c in components))
-    fit = glmm.fit(
-        cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=fate, rng=rng
-    )
-    fit = _with_truncation(fit, components)
-    adata = adata.copy() if copy else adata
     params = {
-        "fate": fate,
+        "fate": fate if isinstance(fate, str) else "many",
+        "layer": layer,
         "family": family,
         "link": glmm.family.link,
         "formula": formula,
@@ -239,7 +250,21 @@ def decompose(
         "version": __version__,
         **model,
     }
-    write_results(adata, key_added, cells, fit, params)
+    if isinstance(fate, str):
+        logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
+        fit = glmm.fit(
+            cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=fate, rng=rng
+        )
+        fit = _with_truncation(fit, components)
+        adata = adata.copy() if copy else adata
+        write_results(adata, key_added, cells, fit, params)
+    else:
+        fates = find_fates(
+            adata, fate, layer=layer, min_cells=min_cells, kind=glmm.family.kind, trials=trials, kept=cells.kept
+        )
+        found = fit_all(glmm, cells, fates, formula, rng, chunk_size)
+        adata = adata.copy() if copy else adata
+        write_many(adata, key_added, found, fates.names if fates.only_genes else None, params)
     return adata if copy else None
 
 

@@ -116,6 +116,7 @@ READ = [
      ["fate 'fates' is neither an obs column (similar: 'fate', 'sites')", "nor a gene"]),
     ("fate is no gene", nothing, {"fate": "elt2"}, ["nor a gene (similar: 'elt-2')"]),
     ("fate is both", obs("elt-2", 1), {"fate": "elt-2"}, ["fate 'elt-2' is both an obs column and a gene", "Rename"]),
+    ("fate is a matrix", nothing, {"fate": "spatial"}, ["'spatial' is a matrix in obsm", "Put its columns into obs"]),
     ("fate is no name", nothing, {"fate": 3}, ["fate is of type int", "wanted the name"]),
     ("no tree", nothing, {"lineage": "trees"},
      ["no tree 'trees' in adata.uns; similar: 'tree'", "set_tree", "lineage=None"]),
@@ -435,8 +436,6 @@ def test_wrong_tree_is_named(change, tree, arguments, pieces):
     ({"family": "categorical"}, "one fate against the rest"),
     ({"family": "ordinal"}, "not there yet"),
     ({"family": "beta"}, "logit"),
-    ({"fate": ["fate", "on"]}, "several fates at once.*Loop over them"),
-    ({"fate": "spatial"}, "a matrix in obsm"),
 ], ids=str)  # fmt: skip
 def test_what_is_not_there_yet_says_what_to_do_instead(arguments, text):
     with pytest.raises(NotImplementedError, match=text):

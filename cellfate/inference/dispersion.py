@@ -1,0 +1,144 @@
+"""The dispersion of each of many count responses, shrunk towards the trend over responses of a like mean.
+
+A single gene says little about its dispersion beside the variances of ancestry and neighborhood, which make counts vary too; genes
+together say how dispersion goes with the mean. As in DESeq2 (Love, Huber & Anders 2014) the trend is a0 + a1 / mean and the spread
+about it, less what estimates err, is the width of the prior. Different from there, estimates come from the mixed model itself: one
+from fixed effects alone would count ancestry and neighborhood as dispersion, and give the components too little. A hundred
+responses spread over all means, on a thousand cells, are enough for the three numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from cellfate._runtime import logger, one_of_many, progress
+from cellfate.errors import CellfateWarning, DataError
+from cellfate.inference.locate import some_cells
+from cellfate.inference.mode import PILOT_GAIN, find_mode
+
+DISPERSION = "dispersion"
+FEWEST = 20  # responses from which on there is a trend
+MOST = 100  # responses that it is worked out from
+CELLS = 1000  # of each
+NARROWEST = 0.5  # sd of the log dispersion about the trend, at least, as in DESeq2
+WIDEST = 1.5
+AT_END = 0.05  # of the log dispersion's bounds: a mode there is no estimate
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Dispersion a0 + a1 / mean, and the sd of its log about that."""
+
+    a0: float
+    a1: float
+    sd: float
+
+    def at(self, counts: np.ndarray, offset: np.ndarray | None) -> float:
+        """Expected for a response (n,)."""
+        return self.a0 + self.a1 / mean_count(counts, offset)
+
+    def prior(self, counts: np.ndarray, offset: np.ndarray | None) -> tuple[str, float, float]:
+        """As a prior of the dispersion."""
+        return ("lognormal", self.at(counts, offset), self.sd)
+
+
+def mean_count(counts: np.ndarray, offset: np.ndarray | None) -> float:
+    """Counts per cell of average exposure; a response without any has the smallest that could have been seen."""
+    exposure = np.ones_like(counts) if offset is None else np.exp(offset)
+    return float(max(counts.sum(), 0.5) / exposure.sum() * exposure.mean())
+
+
+def dispersion_trend(
+    glmm: Any,
+    names: Sequence[str],
+    read: Any,
+    parts: Sequence[slice],
+    X: np.ndarray | None,
+    offset: np.ndarray | None,
+    terms: Sequence[str] | None,
+) -> Trend | None:
+    """The trend over the responses that `read` gives by chunks; None where too few can be estimated."""
+    means = np.concatenate(
+        [[math.nan if isinstance(y, DataError) else mean_count(y, offset) for y in read(part)] for part in parts]
+    )
+    usable = np.flatnonzero(np.isfinite(means))
+    ranked = usable[np.lexsort((np.asarray(names, dtype=str)[usable], means[usable]))]
+    chosen = set(ranked[np.unique(np.linspace(0, len(ranked) - 1, min(MOST, len(ranked))).astype(int))].tolist())
+    found: dict[int, tuple[float, float]] = {}
+    with progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar:
+        for part in parts:
+            places = [i for i in range(part.start, part.stop) if i in chosen]
+            if places:
+                columns = read(part)
+                for i in places:
+                    estimate = _estimate(glmm, names[i], columns[i - part.start], X, offset, terms)
+                    if estimate is not None:
+                        found[i] = estimate
+                    bar.update(1)
+    if len(found) < FEWEST // 2:
+        logger.info("the dispersion of %d responses only can be estimated: there is no trend to shrink to", len(found))
+        return None
+    order = [i for i in ranked if i in found]  # sums in the same order whatever the chunks
+    return _through(means[order], np.array([found[i][0] for i in order]), np.array([found[i][1] for i in order]))
+
+
+def _estimate(
+    glmm: Any,
+    name: str,
+    y: np.ndarray,
+    X: np.ndarray | None,
+    offset: np.ndarray | None,
+    terms: Sequence[str] | None,
+) -> tuple[float, float] | None:
+    """Log dispersion at the mode of a fit of some of the cells, and its variance there; None where it is at its bounds."""
+    try:
+        with one_of_many(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", CellfateWarning)
+            glmm.on(y, X, offset, terms=terms, response=name)
+            model, engine, _ = glmm.problem
+            cells = some_cells(model.data.n, CELLS)
+            thin = model.at(cells)
+            mode = find_mode(thin, engine.pilot(thin.components, cells), glmm.rule, gain=PILOT_GAIN)
+    except (DataError, ArithmeticError, ValueError, RuntimeError):
+        logger.debug("%s has no estimate of its dispersion", name, exc_info=True)
+        return None
+    place = [p.name for p in thin.parameters].index(DISPERSION)
+    own = thin.parameters[place]
+    value = float(mode.u[place])
+    if value < math.log(own.lower) + AT_END or value > math.log(own.upper) - AT_END:
+        return None
+    values, vectors = np.linalg.eigh(mode.curvature.cpu().numpy())
+    variance = float((vectors[place] ** 2 / np.clip(values, 1e-3, None)).sum())
+    return (value, variance) if math.isfinite(value + variance) else None
+
+
+def _through(means: np.ndarray, log_dispersion: np.ndarray, variance: np.ndarray) -> Trend:
+    """Robust fit on the log scale, each response by what it knows; the spread is what errors do not explain."""
+    between = 1.0
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        return (log_dispersion - np.log(np.exp(x[0]) + np.exp(x[1]) / means)) / np.sqrt(variance + between)
+
+    start = np.array([np.median(log_dispersion), np.median(log_dispersion) - 1.0])
+    fit = least_squares(residuals, start, loss="soft_l1", bounds=(-12.0, 12.0))
+    for _ in range(3):
+        raw = residuals(fit.x) * np.sqrt(variance + between)
+        total = (1.4826 * float(np.median(np.abs(raw)))) ** 2
+        between = float(np.clip(total - float(np.median(variance)), NARROWEST**2, WIDEST**2))
+        fit = least_squares(residuals, fit.x, loss="soft_l1", bounds=(-12.0, 12.0))
+    trend = Trend(math.exp(fit.x[0]), math.exp(fit.x[1]), math.sqrt(between))
+    logger.info(
+        "dispersion of %d responses goes as %.3g + %.3g / mean, sd of its log about that %.2f: each gets this as its prior",
+        len(means),
+        trend.a0,
+        trend.a1,
+        trend.sd,
+    )
+    return trend

@@ -1,0 +1,112 @@
+"""Many responses over the same cells, each with hyperparameters of its own.
+
+Responses are read in chunks, so that a sparse matrix of genes is never made dense as a whole. What does not depend on a response
+is made once: the engine, its bases, and for gaussian responses everything but a few numbers of each
+(:mod:`cellfate.inference.gaussian_many`). A response's random numbers go by its name: neither the order of responses, nor the
+chunks, nor the company changes an answer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cellfate._runtime import logger, named_generator, one_of_many, progress
+from cellfate.errors import CellfateWarning, DataError, Failure
+from cellfate.inference.dispersion import DISPERSION, FEWEST, Trend, dispersion_trend
+from cellfate.inference.fit import GLMM, GLMMFit
+
+CHUNK_BYTES = 2.5e8  # of dense columns at once
+LARGEST_CHUNK = 512
+
+
+Column = np.ndarray | DataError  # (n,), or what is wrong with it
+Read = Callable[[slice], Sequence[Column]]  # the responses at these places, which are read when they are needed
+
+
+def chunks(count: int, n: int, chunk_size: int | str) -> list[slice]:
+    """Places of the responses that are read together."""
+    if chunk_size == "auto":
+        size = min(LARGEST_CHUNK, max(1, int(CHUNK_BYTES / (8 * n))))
+    elif isinstance(chunk_size, int | np.integer) and not isinstance(chunk_size, bool) and chunk_size > 0:
+        size = int(chunk_size)
+    else:
+        raise DataError(
+            f"chunk_size is {chunk_size!r}, wanted 'auto' or how many responses to read at once, such as 64."
+        )
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def fit_many(
+    glmm: GLMM,
+    names: Sequence[str],
+    read: Read,
+    X: Any = None,
+    offset: Any = None,
+    *,
+    n: int,
+    trials: Any = None,
+    terms: Sequence[str] | None = None,
+    seed: int = 0,
+    chunk_size: int | str = "auto",
+) -> Iterator[GLMMFit | Failure]:
+    """A fit for each response in turn, as :meth:`cellfate.GLMM.fit` gives it, or what went wrong with it.
+
+    Counts under the negative binomial have a dispersion each, with a prior about the trend over responses of a like mean
+    (:mod:`cellfate.inference.dispersion`), unless the model's priors say otherwise or there are fewer than 20 of them.
+    """
+    parts = chunks(len(names), n, chunk_size)
+    shared = glmm.shared()
+    logger.info("%s", shared.reason)
+    trend = None
+    if glmm.family.parameter == DISPERSION and DISPERSION not in glmm.priors and len(names) >= FEWEST:
+        trend = dispersion_trend(shared, names, read, parts, X, offset, terms)
+    with progress(total=len(names), desc="responses", unit="response") as bar:
+        for part in parts:
+            for name, column in zip(names[part], read(part), strict=True):
+                yield _fit_one(shared, trend, name, column, X, offset, trials, terms, seed)
+                bar.update(1)
+
+
+def _fit_one(
+    glmm: GLMM,
+    trend: Trend | None,
+    name: str,
+    column: Column,
+    X: Any,
+    offset: Any,
+    trials: Any,
+    terms: Sequence[str] | None,
+    seed: int,
+) -> GLMMFit | Failure:
+    if isinstance(column, DataError):
+        return Failure(name, str(column))
+    if trend is not None:
+        glmm = glmm.with_priors({DISPERSION: trend.prior(column, offset)})
+    try:
+        with one_of_many(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", CellfateWarning)  # of thousands; each is in the status of its fit
+            fit = glmm.fit(
+                column, X, offset, trials=trials, terms=terms, response=name, rng=named_generator(seed, name)
+            )
+    except (DataError, ArithmeticError, ValueError, RuntimeError) as error:  # linear algebra raises the last two
+        logger.debug("%s failed", name, exc_info=True)
+        return Failure(name, f"{type(error).__name__}: {error}" if not isinstance(error, DataError) else str(error))
+    if trend is None:
+        return fit
+    return replace(fit, diagnostics=fit.diagnostics | {"dispersion_trend": trend.at(column, offset)})
+
+
+def summarized(found: Sequence[GLMMFit | Failure]) -> Mapping[str, list[str]]:
+    """Names of the responses that have no fit, and of those whose fit is in doubt."""
+    failed = [f.response for f in found if isinstance(f, Failure)]
+    doubtful = [
+        str(f.components["response"][0])
+        for f in found
+        if isinstance(f, GLMMFit) and f.diagnostics["status"] != "converged"
+    ]
+    return {"failed": failed, "doubtful": doubtful}
