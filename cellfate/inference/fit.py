@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from cellfate._runtime import SeedLike, announce, generator, out_of_memory, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
@@ -19,10 +18,10 @@ from cellfate.engines.choose import ENGINES, NOT_YET, choose
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
 from cellfate.inference.free_energy import evaluate
-from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior, integrate
+from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
-from cellfate.inference.mode import Mode
 from cellfate.inference.predict import Ask, Draws, Predicted, predict
+from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
 from cellfate.inference.sites import RULES, Rule
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Kernel
@@ -35,11 +34,8 @@ from cellfate.model.checks import (
 )
 from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
-from cellfate.model.partition import LATENT, partition, rows, summary
+from cellfate.model.partition import LATENT, partition, rows
 
-MUST_SETTLE = 0.95  # of the points' site updates, or a warning
-FEW_DRAWS = 200
-DOUBTFUL_ERROR = 0.5  # of the interpolated log posterior, in nats
 EXACT = 1e-8  # of site updates at given hyperparameters
 
 
@@ -188,16 +184,16 @@ class GLMM:
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
         components, shares = rows(model, response, scales, posterior.values)
         found, approximate = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
-        diagnostics = _diagnose(model, mode, posterior, scales[LATENT], approximate)
+        diagnostics = diagnose(model, mode, posterior, scales[LATENT], approximate)
         diagnostics |= {"engine": engine.name, "engine_reason": why, **found}
         diagnostics["seconds"] = time.perf_counter() - began
         return GLMMFit(
             components=components,
             shares=shares,
-            fixed_effects=_fixed_effects(model, posterior),
-            draws=_draws(model, posterior, scales[LATENT]),
+            fixed_effects=fixed_effects(model, posterior),
+            draws=all_draws(model, posterior, scales[LATENT]),
             effects={c.name: posterior.effects[c.name] for c in model.components},
-            mode=_mode_values(model, mode),
+            mode=mode_values(model, mode),
             free_energy=mode.free_energy,
             log_evidence=posterior.log_evidence,
             diagnostics=diagnostics,
@@ -358,86 +354,3 @@ def _rule(method: str) -> Rule:
     if method not in RULES:
         raise unknown("method", method, sorted(RULES))
     return RULES[method]()
-
-
-def _natural(name: str, value: Any) -> tuple[str, Any]:
-    """A standard deviation is reported as a variance."""
-    return (f"variance_{name.removeprefix('sd_')}", value**2) if name.startswith("sd_") else (name, value)
-
-
-def _mode_values(model: Model, mode: Mode) -> dict[str, float]:
-    theta = model.theta(mode.u[None])
-    out = dict(_natural(name, float(value)) for name, value in theta.values.items())
-    if theta.beta is not None:
-        out |= {f"beta[{term}]": float(b) for term, b in zip(model.data.terms, theta.beta[0], strict=True)}
-    return out
-
-
-def _draws(model: Model, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    out = dict(_natural(name, value) for name, value in posterior.values.items())
-    out |= {f"beta[{term}]": posterior.beta[:, i] for i, term in enumerate(model.data.terms)}
-    total = sum(parts.values())
-    return out | {f"share_{name}": x / total for name, x in parts.items()}
-
-
-def _fixed_effects(model: Model, posterior: Hyperposterior) -> dict[str, list]:
-    found = [summary(posterior.beta[:, i]) for i in range(len(model.data.terms))]
-    columns = ("estimate", "sd", "lower", "upper")
-    return {"term": list(model.data.terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
-
-
-def _diagnose(
-    model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray], approximate: list[str]
-) -> dict[str, Any]:
-    """What should be known about the answer; each doubt is one warning and is kept."""
-    doubts = list(approximate)
-    if not mode.converged:
-        doubts.append(f"the search for the mode stopped early ({mode.message})")
-    if posterior.pareto_k > LARGEST_K:
-        doubts.append(
-            f"k-hat is {posterior.pareto_k:.2f}, above {LARGEST_K}: the intervals rest on few of the evaluated points"
-        )
-    if posterior.interpolation_error > DOUBTFUL_ERROR:
-        doubts.append(
-            f"between evaluated points the log posterior is known to {posterior.interpolation_error:.2f} only: the intervals are "
-            "rough"
-        )
-    if posterior.effective_draws < FEW_DRAWS:
-        doubts.append(f"the intervals rest on {posterior.effective_draws:.0f} effective draws")
-    if posterior.unsettled > (1 - MUST_SETTLE) * posterior.evaluations:
-        doubts.append(f"site updates did not settle at {posterior.unsettled} of {posterior.evaluations} points")
-    if mode.at_bound:
-        doubts.append(f"the mode of {', '.join(mode.at_bound)} is at the bound of what the data can tell")
-    if not np.isfinite(mode.free_energy) or not all(np.isfinite(x).all() for x in parts.values()):
-        doubts.append("a result is not finite: do not use this fit")
-    for doubt in doubts:
-        warnings.warn(doubt + ".", CellfateWarning, stacklevel=4)
-    correlation, verdict = _verdict(parts)
-    return {
-        "status": "; ".join(doubts) or "converged",
-        "pareto_k": posterior.pareto_k,
-        "interpolation_error": posterior.interpolation_error,
-        "effective_draws": posterior.effective_draws,
-        "evaluations": mode.evaluations + posterior.evaluations,
-        "correlation_variances": correlation,
-        "verdict": verdict,
-    }
-
-
-def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """Rank correlation of the two variances a posteriori, and in words whether this data tells them apart."""
-    if "lineage" not in parts or "spatial" not in parts:
-        return float("nan"), "ancestry and neighborhood are not both in the model"
-    lineage, spatial = parts["lineage"], parts["spatial"]
-    correlation = float(spearmanr(lineage, spatial).statistic) if np.ptp(lineage) and np.ptp(spatial) else float("nan")
-    share = lineage / (lineage + spatial)
-    width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
-    if correlation < -0.6 and width > 0.5:
-        verdict = "confounded: this data knows the sum of ancestry and neighborhood better than either"
-    elif width > 0.7:
-        verdict = "weak: this data says little about how ancestry and neighborhood divide what they explain"
-    elif width > 0.4:
-        verdict = "partial: ancestry and neighborhood are told apart, with a wide margin"
-    else:
-        verdict = "clear: this data tells ancestry and neighborhood apart"
-    return correlation, verdict

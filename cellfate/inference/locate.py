@@ -113,7 +113,7 @@ def _limits(model: Model, u: torch.Tensor, sd: dict[str, float]) -> Ranges:
 
 def _not_absent(model: Model, u: torch.Tensor) -> torch.Tensor:
     """A component that the pilot's cells do not show must be able to come back: at zero its gradient is zero."""
-    floor = torch.tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters]).to(u)
+    floor = u.new_tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters])
     return torch.maximum(u, floor)
 
 

@@ -17,11 +17,15 @@ import numpy as np
 
 from cellfate._runtime import logger, named_generator, one_of_many, progress
 from cellfate.errors import CellfateWarning, DataError, Failure
+from cellfate.inference.arrays import numbers, term_names
 from cellfate.inference.dispersion import DISPERSION, FEWEST, Trend, dispersion_trend
 from cellfate.inference.fit import GLMM, GLMMFit
+from cellfate.inference.gaussian_many import Together, can_serve
+from cellfate.model.checks import check_design, check_response
 
 CHUNK_BYTES = 2.5e8  # of dense columns at once
-LARGEST_CHUNK = 512
+LARGEST_CHUNK = 4096
+ENOUGH = 20  # gaussian responses from which on they share tables
 
 
 Column = np.ndarray | DataError  # (n,), or what is wrong with it
@@ -65,11 +69,57 @@ def fit_many(
     trend = None
     if glmm.family.parameter == DISPERSION and DISPERSION not in glmm.priors and len(names) >= FEWEST:
         trend = dispersion_trend(shared, names, read, parts, X, offset, terms)
+    together = _together(shared, len(names), X, offset, terms, n)
     with progress(total=len(names), desc="responses", unit="response") as bar:
         for part in parts:
-            for name, column in zip(names[part], read(part), strict=True):
-                yield _fit_one(shared, trend, name, column, X, offset, trials, terms, seed)
+            columns = read(part)
+            if together is not None:
+                found = _fit_together(together, names[part], columns, seed, shared.engine_name)
+            else:
+                found = (
+                    _fit_one(shared, trend, name, column, X, offset, trials, terms, seed)
+                    for name, column in zip(names[part], columns, strict=True)
+                )
+            for one in found:
+                yield one
                 bar.update(1)
+
+
+def _together(glmm: GLMM, count: int, X: Any, offset: Any, terms: Sequence[str] | None, n: int) -> Together | None:
+    """What gaussian responses share, where they are many and the model is one whose likelihood can be tabulated."""
+    if glmm.family.name != "gaussian" or count < ENOUGH:
+        return None
+    refused = can_serve(glmm.components, engine=glmm.engine_name, reml=glmm.reml)
+    if refused is not None:
+        logger.info("each of %d responses is fitted by itself: %s", count, refused)
+        return None
+    design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
+    names = term_names(terms, design.shape[1])
+    if names:
+        check_design(design, names, np.arange(n), "X")
+    known = None if offset is None else numbers("offset", offset, 1, n)
+    return Together(glmm.components, design, names, known, glmm.priors, glmm.rank, glmm.device)
+
+
+def _fit_together(
+    together: Together, names: Sequence[str], columns: Sequence[Column], seed: int, engine: str
+) -> Iterator[GLMMFit | Failure]:
+    """Fits of a chunk in its order; what cannot be read is set aside before."""
+    failures: dict[int, Failure] = {}
+    usable: dict[int, np.ndarray] = {}
+    for i, (name, column) in enumerate(zip(names, columns, strict=True)):
+        try:
+            if isinstance(column, DataError):
+                raise column
+            check_response(column, np.arange(len(column)), name, kind="real", trials=None)
+            usable[i] = column
+        except DataError as error:
+            failures[i] = Failure(name, str(error))
+    fits: Iterator[GLMMFit] = iter(())
+    if usable:
+        fits = together.fits(np.column_stack(list(usable.values())), [names[i] for i in usable], seed, engine)
+    for i in range(len(names)):
+        yield failures[i] if i in failures else next(fits)
 
 
 def _fit_one(

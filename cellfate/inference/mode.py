@@ -97,19 +97,19 @@ def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
     low, high = _bounds(model, u)
     u = torch.minimum(torch.maximum(u, low), high)
     # a component that the thinned cells do not show must be able to come back: at zero its gradient is zero
-    floor = torch.tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters]).to(u)
+    floor = u.new_tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters])
     u = torch.maximum(u, floor)
     return u, evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
 
 
 def _bounds(model: Model, u: Tensor) -> tuple[Tensor, Tensor]:
     low, high = zip(*(p.bounds for p in model.parameters), strict=True)
-    return torch.tensor(low).to(u), torch.tensor(high).to(u)
+    return u.new_tensor(low), u.new_tensor(high)
 
 
 def _unit(model: Model, u: Tensor) -> Tensor:
     """The natural step of each coordinate (d,)."""
-    return torch.tensor([p.start if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
+    return u.new_tensor([p.start if p.scale == "sd" else 1.0 for p in model.parameters])
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
     Only a first guess of the curvature: a floor stands in for the prior and for what the sites hide.
     """
     d, b = len(u), here.posterior.weights
-    floor = torch.tensor([0.5 if p.scale == "sd" else 1.0 for p in model.parameters]).to(u)
+    floor = u.new_tensor([0.5 if p.scale == "sd" else 1.0 for p in model.parameters])
     unit = _unit(model, u)
     columns = u.new_zeros(here.posterior.mean.shape[-1], d)
     half = u.new_full((d,), 0.5)
