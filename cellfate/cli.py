@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff")
 DEMO_TRUTH: dict[str, Any] = {"variance_lineage": 2.0, "variance_spatial": 1.0, "lengthscale": 0.5}
 ABSENT = argparse.SUPPRESS  # an option that is not given is not passed on: the defaults live in the API
+MOST_ROWS = 40  # of a table of many responses on the screen
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +90,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_decompose(commands: Any) -> None:
-    summary = "Partition the variation of one fate into ancestry and neighborhood; see cellfate.tl.decompose."
+    summary = "Partition the variation of fates into ancestry and neighborhood; see cellfate.tl.decompose."
     command = _add_command(commands, "decompose", decompose, summary)
     command.add_argument("input", type=Path, metavar="IN", help=".h5ad or .h5td file; it is not changed")
     command.add_argument("--out", type=Path, required=True, help="file for the data with the results in them")
@@ -105,9 +106,16 @@ def _add_decompose(commands: Any) -> None:
     command.add_argument(
         "--missing", default="error", help="for a Newick file: error, drop or isolate; see cellfate.pp.set_tree"
     )
-    command.add_argument("--fate", required=True, help="column of .obs, or a gene")
+    command.add_argument(
+        "--fate",
+        nargs="+",
+        metavar="NAME",
+        default=ABSENT,
+        help="columns of .obs, or genes, each a response of its own; by default all genes that --min-cells lets pass",
+    )
     command.add_argument("--family", required=True, help="gaussian, bernoulli, binomial, poisson or negative_binomial")
     texts = {
+        "layer": "layer of the genes, in place of .X",
         "link": "link function of the family",
         "formula": "fixed effects, such as '~ 1 + stage'",
         "lineage-kernel": "brownian, ou, pagel, early_burst or clone",
@@ -128,6 +136,10 @@ def _add_decompose(commands: Any) -> None:
         command.add_argument(f"--{name}", default=ABSENT, help=text)
     command.add_argument(
         "--lengthscale", type=float, default=ABSENT, help="hold the spatial length-scale at this value"
+    )
+    command.add_argument("--min-cells", type=int, default=ABSENT, help="cells in which a gene has to be above zero")
+    command.add_argument(
+        "--chunk-size", type=_count, metavar="N", default=ABSENT, help="fates that are read at once, or 'auto'"
     )
     command.add_argument("--rank", type=int, default=ABSENT, help="columns for a spatial field, or modes on a graph")
     command.add_argument(
@@ -198,7 +210,6 @@ def decompose(
     overwrite: bool,
     figure: Path | None,
     missing: str,
-    fate: str,
     **options: Any,
 ) -> None:
     """Read, fit, write, print."""
@@ -225,7 +236,8 @@ def decompose(
         raise DataError(
             f"{input} holds no tree {_keys.TREE!r}: give --tree FILE_OR_KEY, or --tree none to leave ancestry out."
         )
-    cf.tl.decompose(adata, fate, **options)
+    fate = options.pop("fate", None)
+    cf.tl.decompose(adata, fate[0] if fate is not None and len(fate) == 1 else fate, **options)
     key = options.get("key_added", _keys.KEY)
     write(adata, out)
     _print_tables(adata, key)
@@ -315,7 +327,33 @@ def _draw(adata: AnnData, path: Path | None, key: str) -> None:
     logger.info("figure is in %s", path)
 
 
+def _count(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _print_many(adata: AnnData, key: str) -> None:
+    """A row per response, the first of many, and what went wrong."""
+    table, status = cf.get.components(adata, key), cf.get.responses(adata, key)["status"]
+    names = list(dict.fromkeys(table["component"]))
+    shares = table.pivot_table(index="response", columns="component", values="share", sort=False)[names]
+    rows = [("share of", *names)]
+    rows += [
+        (str(name), *(f"{share:.2f}" for share in row))
+        for name, row in zip(shares.index, shares.to_numpy(), strict=True)
+    ]
+    print(_columns(rows[: 1 + MOST_ROWS]))
+    if len(shares) > MOST_ROWS:
+        print(f"and {len(shares) - MOST_ROWS} more")
+    failed = int(status.str.startswith("failed").sum())
+    print(
+        f"\n{len(status)} fates: {failed} failed, {len(status) - failed - int((status == 'converged').sum())} in doubt"
+    )
+
+
 def _print_tables(adata: AnnData, key: str) -> None:
+    if _keys.RESPONSES in adata.uns[key]:
+        _print_many(adata, key)
+        return
     params, diagnostics = cf.get.params(adata, key), cf.get.diagnostics(adata, key)
     for scale in ("latent", "link", "realized"):
         table = cf.get.components(adata, key, scale=scale)

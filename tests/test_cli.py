@@ -336,3 +336,27 @@ def test_columns_line_up():
     text = cli._columns([("a", "bb"), ("ccc", "d")])
     assert text.splitlines() == ["a    bb", "ccc   d"]
     assert np.ptp([len(line) for line in text.splitlines()]) == 0
+
+
+def test_many_fates_in_one_call(folder, capsys, simulated):
+    adata = anndata.AnnData(
+        np.random.default_rng(0).poisson(3.0, (simulated.n_obs, 3)).astype(float),
+        obs=simulated.obs,
+        obsm=dict(simulated.obsm),
+        uns=dict(simulated.uns),
+    )
+    adata.var_names = ["a", "b", "c"]
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(folder / "genes.h5ad")
+    code, out, err = run(
+        folder,
+        "decompose {}/genes.h5ad --fate c a --layer counts --family poisson --lengthscale 0.5 --chunk-size 1 --rng 1 "
+        "--out {}/many.h5ad --overwrite",
+        capsys,
+    )
+    assert code == 0, err
+    api = cf.tl.decompose(adata, ["c", "a"], layer="counts", family="poisson", lengthscale=0.5, rng=1, copy=True)
+    back = anndata.read_h5ad(folder / "many.h5ad")
+    pd.testing.assert_frame_equal(cf.get.components(back), cf.get.components(api), check_dtype=False)
+    assert "2 fates: 0 failed" in out
+    assert out.splitlines()[1].split()[0] == "c"

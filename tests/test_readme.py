@@ -78,4 +78,4 @@ def test_the_options_in_the_readme_exist():
 
     line = blocks("bash")[2].replace("\\\n", " ")
     arguments = cli.parser().parse_args(line.split()[1:])
-    assert arguments.fate == "marker_on"
+    assert arguments.fate == ["marker_on"]
