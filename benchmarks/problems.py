@@ -25,7 +25,7 @@ from cellfate.datasets.simulate import PAIRS, _grow, _lineage_field, _plant, _sp
 from cellfate.kernels.base import Kernel, unit_scale
 from cellfate.kernels.lineage import Brownian
 from cellfate.kernels.spatial import Matern32
-from cellfate.model.families import get_family
+from cellfate.model.catalog import get_family
 from cellfate.trees.forest import Forest
 
 VARIANCE = {"lineage": 1.0, "spatial": 1.5, "residual": 0.5}

@@ -16,7 +16,7 @@ from cellfate._runtime import SeedLike, generator
 from cellfate.errors import DataError
 from cellfate.kernels.lineage import LINEAGE_KERNELS, TreeSteps
 from cellfate.kernels.spatial import SPATIAL_KERNELS
-from cellfate.model.families import get_family
+from cellfate.model.catalog import get_family
 from cellfate.trees.convert import to_newick, to_newick_dict
 from cellfate.trees.forest import Forest
 

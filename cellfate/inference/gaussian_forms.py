@@ -13,12 +13,29 @@ LOCAL = 12  # nodes along each axis of the part of the tables in which a posteri
 
 
 @dataclass(frozen=True)
+class Weight:
+    """How much cells differ in what columns leave to them, over what is their own: (rho sd(l))^2.
+
+    Forms are moved by that times something that varies slowly.
+    """
+
+    nodes: np.ndarray  # (order,) of the log length-scale
+    sd: np.ndarray  # (order,)
+    base: float
+
+    def __call__(self, at: np.ndarray) -> np.ndarray:
+        sd = (cardinal(self.nodes, at[..., 1].ravel()) @ self.sd).reshape(at.shape[:-1])
+        return ((np.exp(at[..., 2]) - self.base) * sd) ** 2
+
+
+@dataclass(frozen=True)
 class Forms:
     """Tabulated forms of some responses, in the whole range or in a part of it of each one's own."""
 
     tables: tuple[np.ndarray, ...]  # each (g or 1, na, nb, nc, q)
     nodes: tuple[np.ndarray, np.ndarray, np.ndarray]  # each (g or 1, order)
-    correction: Forms | None = None  # to be added, constant beyond its nodes
+    correction: Forms | None = None  # to be added, times `weight`; constant beyond its nodes
+    weight: Weight | None = None
     beyond: Forms | None = None  # what holds outside of the nodes
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
@@ -30,7 +47,9 @@ class Forms:
             far = (near != at).any(-1)
             for row in np.flatnonzero(far.any(1)):
                 found[row, far[row]] = self.beyond.of(int(row))(at[row, far[row]][None])[0]
-        return found if self.correction is None else found + self.correction(self.correction.clip(at))
+        if self.correction is None or self.weight is None:
+            return found
+        return found + self.weight(at)[..., None] * self.correction(self.correction.clip(at))
 
     def clip(self, at: np.ndarray) -> np.ndarray:
         low, high = (np.stack([nodes[:, end] for nodes in self.nodes], -1)[:, None] for end in (0, -1))
@@ -61,7 +80,7 @@ class Forms:
             parts.append(x)
         table = np.ascontiguousarray(np.concatenate(parts, -1))
         beyond = Forms(self.tables, self.nodes)
-        return Forms((table,), (axes[0], axes[1], axes[2]), self.correction, beyond)
+        return Forms((table,), (axes[0], axes[1], axes[2]), self.correction, self.weight, beyond)
 
 
 def take(forms: Forms, rows: np.ndarray) -> Forms:
@@ -70,7 +89,7 @@ def take(forms: Forms, rows: np.ndarray) -> Forms:
     a, b, c = (nodes[rows] if len(nodes) > 1 else nodes for nodes in forms.nodes)
     correction = None if forms.correction is None else take(forms.correction, rows)
     beyond = None if forms.beyond is None else take(forms.beyond, rows)
-    return Forms(tables, (a, b, c), correction, beyond)
+    return Forms(tables, (a, b, c), correction, forms.weight, beyond)
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)

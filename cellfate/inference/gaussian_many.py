@@ -33,7 +33,8 @@ from cellfate.kernels.base import Basis, Component, Given
 from cellfate.kernels.groups import Intercepts, Slopes
 from cellfate.kernels.lineage import LineageKernel
 from cellfate.kernels.spatial import SpatialKernel
-from cellfate.model.families import Outcome, get_family
+from cellfate.model.catalog import get_family
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from cellfate.model.partition import LATENT, partition, rows
 from cellfate.model.priors import parse_prior
@@ -172,7 +173,12 @@ class Together:
                 cloud = posteriors.cloud(some, here, streams)
                 for k, i in enumerate(some):
                     j = int(index[i])
-                    doubtful = cloud.edge[k] > MOST_EDGE or here.gain[k] > SETTLED or not np.isfinite(cloud.edge[k])
+                    doubtful = (
+                        cloud.edge[k] > MOST_EDGE
+                        or here.gain[k] > SETTLED
+                        or not np.isfinite(here.log_posterior[k])
+                        or not np.isfinite(cloud.edge[k])
+                    )
                     if doubtful:
                         logger.info("%s is fitted by itself: its posterior reaches the end of the tables", names[j])
                         found[j] = self.alone(Y[:, j], names[j], seed, engine)

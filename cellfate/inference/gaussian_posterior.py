@@ -14,7 +14,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from cellfate.inference.gaussian_forms import Forms, log_likelihood, quadratic, take
+from cellfate.inference.gaussian_forms import Forms, Weight, log_likelihood, quadratic, take
 from cellfate.inference.gaussian_proposals import Proposals, factor_of
 from cellfate.inference.gaussian_tables import (
     NEGLIGIBLE,
@@ -23,7 +23,6 @@ from cellfate.inference.gaussian_tables import (
     Tabulation,
     cardinal,
     contract,
-    interpolate,
 )
 from cellfate.inference.hyperposterior import INFLATE
 from cellfate.model.glmm import Model
@@ -35,6 +34,8 @@ AROUND = (3.0, 1.5, 3.0), (1.0, 0.5, 1.0)  # the same about where a mode is firs
 STEPS = 40  # of Newton's method
 SHARES = np.array([1.0, 0.5, 0.2, 0.05, 0.01])  # of a step that are tried
 CONVERGED = 1e-8  # nats that another step would bring
+MOST_LEFT = 0.8  # of what cells have for themselves, that columns may leave out
+SMALLEST_WEIGHT = 1e-12
 PROBE = 0.1  # posterior sds, or units where they are not known, between points of a finite difference
 SMALLEST = 0.05  # of an sd's unit, from which the search for a mode begins at least
 
@@ -85,10 +86,13 @@ class Posteriors:
         self._nodes = (grid.lineage.x[None], grid.lengthscale.x[None], grid.columns.x[None])
         self._left = tables.shared.left_out if len(tables.shared.left_out) == grid.shape[1] else None
         self._left_fixed = float(tables.shared.left_out[0])
+        sd = np.broadcast_to(tables.shared.left_out_sd, grid.shape[1])
+        self.weight = Weight(grid.lengthscale.x, sd, grid.columns.base)
 
     def forms(self, rows: np.ndarray) -> Forms:
         correction = None if self.correction is None else take(self.correction, rows)
-        return Forms((self.tables.forms[rows], self.tables.shared.forms[None]), self._nodes, correction)
+        tables = (self.tables.forms[rows], self.tables.shared.forms[None])
+        return Forms(tables, self._nodes, correction, self.weight)
 
     def correct(self, tabulation: Tabulation, y: Tensor, modes: Modes) -> int:
         """Add what cells keep for themselves, from exact values at points about the modes of all responses y (n, k).
@@ -102,8 +106,7 @@ class Posteriors:
             for axis, step in zip((grid.lineage, grid.lengthscale, grid.columns), SPACING, strict=True)
         ]
         middle = np.stack([_nearest(x, at[:, 0, i]) for i, x in enumerate(axes)], -1)  # (k, 3)
-        sd = np.interp(at[:, 0, 1], grid.lengthscale.x, np.broadcast_to(self.tables.shared.left_out_sd, grid.shape[1]))
-        needed = self.n * (np.exp(at[:, 0, 2]) * sd) ** 2 / 4 > NEGLIGIBLE
+        needed = self.n * self.weight(at)[:, 0] / 4 > NEGLIGIBLE
         sides = [np.arange(len(x)) if len(x) < 3 else np.arange(-1, 2) for x in axes]
         where = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
         base = np.where([len(x) < 3 for x in axes], 0, middle)
@@ -113,24 +116,24 @@ class Posteriors:
         width = 1 + p + 1 + p * (p + 1) // 2
         table = np.zeros((*index.shape[:-1], width))
         flat, of = index.reshape(len(rows), -1, 3), table.reshape(len(rows), -1, width)
+        there = np.zeros(of.shape[:2], dtype=bool)
         keys = np.ravel_multi_index(tuple(np.moveaxis(flat, -1, 0)), [len(x) for x in axes])
         count = 0
         for key in np.unique(np.asarray(keys)[needed]):
             some, slot = np.nonzero((keys == key) & needed[:, None])
             point = np.array([x[i] for x, i in zip(axes, np.unravel_index(key, [len(x) for x in axes]), strict=True)])
-            ratio, left = (
-                math.exp(point[2]) - grid.columns.base,
-                np.interp(point[1], grid.lengthscale.x, self.tables.shared.left_out),
-            )
-            if ratio * left > 0.9:  # no residual variance is left there
+            left = self._left_at(point[None])[0]
+            weight = float(self.weight(point[None])[0])
+            if (math.exp(point[2]) - grid.columns.base) * left > MOST_LEFT or weight < SMALLEST_WEIGHT:
                 continue
             shared, own = tabulation.exact(y[:, torch.as_tensor(some)], (point[0], point[1], point[2]))
             weights = [cardinal(nodes[0], point[[i]])[0] for i, nodes in enumerate(self._nodes)]
-            of[some, slot, : 1 + p] = own - contract(self.tables.forms, some, *weights)
-            of[some, slot, 1 + p :] = shared - contract(
-                self.tables.shared.forms[None], np.zeros(1, dtype=int), *weights
-            )
+            of[some, slot, : 1 + p] = (own - contract(self.tables.forms, some, *weights)) / weight
+            whole = contract(self.tables.shared.forms[None], np.zeros(1, dtype=int), *weights)
+            of[some, slot, 1 + p :] = (shared - whole) / weight
+            there[some, slot] = True
             count += 1
+        _fill(of, there, flat)
         self.correction = Forms((table,), (nodes[0], nodes[1], nodes[2]))
         return count
 
@@ -163,15 +166,13 @@ class Posteriors:
             return (values[f"sd_{name}"] / unit) ** 2 if name else np.zeros((g, t))
 
         at, outside = np.zeros((g, t, 3)), np.zeros((g, t), dtype=bool)
-        left: np.ndarray | float = self._left_fixed
+        left = np.full((g, t), self._left_fixed)
         if self._lengthscale:
             at[..., 1] = np.log(values[self._lengthscale])
             low, high = grid.lengthscale.x[[0, -1]]
             outside |= (at[..., 1] < low - 1e-9) | (at[..., 1] > high + 1e-9)
             at[..., 1] = np.clip(at[..., 1], low, high)
-            if self._left is not None:
-                one = np.zeros((1, 1))
-                left = interpolate(self._left[None, None, :, None, None], one, self._nodes[1], one, at)[..., 0]
+            left = self._left_at(at)
         spatial = variance(self._columns)
         v = (values["sd_residual"] / unit) ** 2 + spatial * np.maximum(left, 0.0)
         for i, (part, axis) in enumerate(((variance(self._lineage), grid.lineage), (spatial, grid.columns))):
@@ -180,6 +181,12 @@ class Posteriors:
                 outside |= place > axis.x[-1] + 1e-9
                 at[..., 2 * i] = np.clip(place, axis.x[0], axis.x[-1])
         return at, v, outside
+
+    def _left_at(self, at: np.ndarray) -> np.ndarray:  # (..., 3) -> (...)
+        """Mean over cells of what the columns leave out, of a unit variance."""
+        if self._left is None:
+            return np.full(at.shape[:-1], self._left_fixed)
+        return (cardinal(self._nodes[1][0], at[..., 1].ravel()) @ self._left).reshape(at.shape[:-1])
 
     def log_posterior(self, rows: np.ndarray, u: np.ndarray, forms: Forms) -> np.ndarray:  # (g, t, d) -> (g, t)
         return self.look(rows, u, forms)[0]
@@ -293,14 +300,16 @@ class Posteriors:
             [np.zeros((1, d)), eye, -eye, *([[eye[i] + eye[j], -eye[i] - eye[j]] for i, j in pairs])]
         )
         f = self.log_posterior(rows, u[:, None] + offsets * h[:, None], forms)
-        f = np.maximum(f, f[:, :1] - 1e6)
+        f = np.nan_to_num(f, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
+        lost = ~np.isfinite(f[:, 0])  # a response that tables do not hold: it is found out by its value
+        f = np.where(lost[:, None], 0.0, np.maximum(f, f[:, :1] - 1e6))
         up, down, both = f[:, 1 : 1 + d], f[:, 1 + d : 1 + 2 * d], f[:, 1 + 2 * d :]
         bend = np.zeros((len(u), d, d))
         bend[:, range(d), range(d)] = -(up + down - 2 * f[:, :1]) / h**2
         for k, (i, j) in enumerate(pairs):
             mixed = both[:, 2 * k] + both[:, 2 * k + 1] - up[:, i] - up[:, j] - down[:, i] - down[:, j] + 2 * f[:, 0]
             bend[:, i, j] = bend[:, j, i] = -mixed / (2 * h[:, i] * h[:, j])
-        return f[:, 0], (up - down) / (2 * h), bend
+        return np.where(lost, -np.inf, f[:, 0]), (up - down) / (2 * h), bend
 
     # -- draws ---------------------------------------------------------------------------------------------------------
 
@@ -314,11 +323,13 @@ class Posteriors:
             inside = np.asarray(((u >= low[:, None]) & (u <= high[:, None])).all(-1))
             value, at, v, found = self.look(rows, np.where(inside[..., None], u, location[:, None]), forms)
             log_ratio = np.where(inside, np.nan_to_num(value, nan=-np.inf) - proposal.log_density(u), -np.inf)
-            weight = np.exp(log_ratio - logsumexp(log_ratio, axis=1, keepdims=True))
+            whole = logsumexp(log_ratio, axis=1, keepdims=True)
+            weight = np.exp(log_ratio - np.where(np.isfinite(whole), whole, 0.0))
             if count == CLOUD:
-                return Cloud(u, log_ratio, v, found, self._edge(rows, at, weight))
+                edge = np.where(np.isfinite(whole[:, 0]), self._edge(rows, at, weight), np.inf)
+                return Cloud(u, log_ratio, v, found, edge)
             capped = np.minimum(weight, 8 / SCOUTS)  # a single point is no shape
-            capped /= capped.sum(1, keepdims=True)
+            capped /= np.maximum(capped.sum(1, keepdims=True), np.finfo(float).tiny)
             centre = (capped[..., None] * u).sum(1)
             apart = u - centre[:, None]
             spread = np.einsum("gt,gti,gtj->gij", capped, apart, apart)
@@ -329,8 +340,10 @@ class Posteriors:
         raise AssertionError("the last proposal is not the last")
 
     def _edge(self, rows: np.ndarray, at: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Share of the weight in the last fiftieth of the tables' axes, where the model itself goes on."""
-        grid, near = self.tables.shared.grid, np.zeros(weight.shape, dtype=bool)
+        """Share of the weight where tables do not hold: in the last fiftieth of their axes, where the model itself goes on."""
+        grid = self.tables.shared.grid
+        # a residual that is small beside what columns leave out: there, forms vary too much between points
+        near = (np.exp(at[..., 2]) - grid.columns.base) * self._left_at(at) > MOST_LEFT
         for i, axis in ((0, grid.lineage), (2, grid.columns)):
             if len(axis.x) > 1:
                 near |= at[..., i] > axis.x[-1] - np.ptp(axis.x) / 50
@@ -342,6 +355,14 @@ class Posteriors:
             if math.log(own.upper) > x[-1] + 1e-6:
                 near |= at[..., 1] > x[-1] - reach
         return np.where(near, weight, 0.0).sum(1)
+
+
+def _fill(table: np.ndarray, there: np.ndarray, index: np.ndarray) -> None:
+    """Entries (g, s, q) that are not there become those of the nearest of their row (places `index`, (g, s, 3)) that are."""
+    for row in np.flatnonzero(there.any(1) & ~there.all(1)):
+        have, lack = np.flatnonzero(there[row]), np.flatnonzero(~there[row])
+        apart = np.abs(index[row, lack][:, None] - index[row, have]).sum(-1)
+        table[row, lack] = table[row, have[apart.argmin(1)]]
 
 
 def _regular(nodes: np.ndarray, step: float) -> np.ndarray:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cellfate.errors import CellfateWarning, DataError, unknown
-from cellfate.model.families import NOT_YET, Family, concrete, get_family
+from cellfate.model.catalog import NOT_YET, concrete, get_family
+from cellfate.model.families import Family
 from cellfate.model.glmm import FIXED, RESIDUAL
 from cellfate.model.partition import DISTRIBUTION, SHARED
 from cellfate.trees.forest import examples

@@ -6,13 +6,12 @@ unless the class knows them in closed form.
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,10 +30,32 @@ SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivat
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was observed: `y` (n,), and for a binomial fate the number of trials (n,)."""
+    """What was observed: `y` (n,), for a binomial fate the number of trials (n,), for an ordinal one how many levels there are."""
 
     y: Tensor
     trials: Tensor | None = None
+    levels: int | None = None
+
+    def at(self, index: Tensor) -> Outcome:
+        """The same for some of the cells."""
+        return Outcome(self.y[index], None if self.trials is None else self.trials[index], self.levels)
+
+    @property
+    def beside_nodes(self) -> Outcome:
+        """The same with an axis for the nodes of a quadrature."""
+        return Outcome(self.y[..., None], None if self.trials is None else self.trials[..., None], self.levels)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A positive hyperparameter of a family: its log-normal prior (median, sd in e-folds), start and bounds."""
+
+    name: str
+    median: float
+    sd: float
+    start: float
+    lower: float
+    upper: float
 
 
 @dataclass(frozen=True)
@@ -74,13 +95,15 @@ def quadrature(like: Tensor, nodes: int = QUADRATURE_NODES) -> tuple[Tensor, Ten
 class Family(ABC):
     """Distribution of a response given `eta` (..., n).
 
-    `phi` is the family's own hyperparameter where it has one, of shape (..., 1) so that it goes with `eta`.
+    `phi` is the family's own hyperparameter where it has one, of shape (..., 1) so that it goes with `eta`; where there may be
+    `several`, (..., 1, q).
     """
 
     name: ClassVar[str]
     links: ClassVar[tuple[str, ...]]
     parameter: ClassVar[str | None] = None  # the natural name of `phi`
-    kind: ClassVar[str]  # what a response has to be: real, binary, successes, count
+    several: ClassVar[bool] = False  # whether `phi` has an axis of its own
+    kind: ClassVar[str]  # what a response has to be: real, binary, successes, count, levels, proportion
     quadratic: ClassVar[bool] = False  # whether the log-density is, so that a Gaussian absorbs it all
 
     def __init__(self, link: str | None = None) -> None:
@@ -88,6 +111,10 @@ class Family(ABC):
         if link not in self.links:
             raise DataError(f"family {self.name!r} has no link {link!r}; choose from {', '.join(self.links)}.")
         self.link = link
+
+    def own(self, outcome: Outcome) -> tuple[Own, ...]:
+        """Hyperparameters of its own, for data such as these; the residual variance of a gaussian is a component, and is not here."""
+        return ()
 
     @abstractmethod
     def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor: ...
@@ -110,10 +137,10 @@ class Family(ABC):
         *,
         rng: np.random.Generator,
         trials: np.ndarray | float | None = None,
-        dispersion: float | None = None,
         variance_residual: float | None = None,
+        **own: Any,
     ) -> np.ndarray:
-        """Draw one response per cell given `eta` (n,)."""
+        """Draw one response per cell given `eta` (n,); `own` are hyperparameters of the family by name."""
 
     @abstractmethod
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
@@ -188,13 +215,13 @@ class Family(ABC):
 
         y, m, v = flat(outcome.y), mean.reshape(-1), flat(variance)
         trials = None if outcome.trials is None else flat(outcome.trials)
-        own = None if phi is None else flat(phi)
+        own = None if phi is None else flat(phi) if not self.several else phi.expand(*mean.shape, -1).flatten(0, -2)
         order = torch.bucketize(v.detach(), torch.tensor([upper for upper, _ in NODES], dtype=v.dtype, device=v.device))
         cells, parts = [], []
         for which, (_, nodes) in enumerate(NODES):
             last = which == len(NODES) - 1  # what is not a number is there too
             for i in torch.nonzero((order == which) | (last & (order > which)))[:, 0].split(CHUNK):
-                seen = Outcome(y[i], None if trials is None else trials[i])
+                seen = Outcome(y[i], None if trials is None else trials[i], outcome.levels)
                 parts.append(reduce(*self._at_nodes(seen, m[i], v[i], None if own is None else own[i], nodes)))
                 cells.append(i)
         back = torch.argsort(torch.cat(cells))
@@ -206,10 +233,13 @@ class Family(ABC):
         """Nodes, weights, sd, and f, f', f'' at the nodes (..., n, nodes)."""
         x, w = quadrature(mean, nodes)
         sd = variance.clamp(min=SMALLEST_VARIANCE).sqrt()[..., None]
-        apart = Outcome(outcome.y[..., None], None if outcome.trials is None else outcome.trials[..., None])
-        phi = None if phi is None else phi[..., None]
+        apart, phi = outcome.beside_nodes, self.beside_nodes(phi)
         eta = mean[..., None] + sd * x
         return x, w, sd, self.log_prob(apart, eta, phi), *self.derivatives(apart, eta, phi)
+
+    def beside_nodes(self, phi: Tensor | None) -> Tensor | None:
+        """`phi` with an axis for the nodes of a quadrature."""
+        return None if phi is None else phi[..., None, :] if self.several else phi[..., None]
 
     def at(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Expectation:
         """The same quantities at a point, as Laplace's method takes them."""
@@ -246,7 +276,7 @@ class Gaussian(Family):
     def inverse_link(self, eta: Tensor) -> Tensor:
         return eta
 
-    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+    def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         return eta + math.sqrt(1.0 if variance_residual is None else variance_residual) * rng.standard_normal(eta.shape)
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
@@ -284,7 +314,7 @@ class Binomial(Family):
     def inverse_link(self, eta: Tensor) -> Tensor:
         return self._link.inverse(eta)
 
-    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+    def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         p = self._link.inverse(torch.as_tensor(np.asarray(eta, dtype=float))).numpy()
         return rng.binomial(np.asarray(1 if trials is None else trials, dtype=np.int64), p).astype(float)
 
@@ -339,7 +369,7 @@ class Poisson(_LogCount):
         rate = torch.exp(mean + variance / 2)
         return Expectation(outcome.y * mean - rate - torch.lgamma(outcome.y + 1), outcome.y - rate, rate)
 
-    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
+    def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         return rng.poisson(np.exp(eta)).astype(float)
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
@@ -350,6 +380,9 @@ class NegativeBinomial(_LogCount):
     """Counts with variance `mu + phi mu^2` (NB2); `phi` is the dispersion."""
 
     name, parameter = "negative_binomial", "dispersion"
+
+    def own(self, outcome: Outcome) -> tuple[Own, ...]:
+        return (Own("dispersion", 0.5, 1.5, 0.5, 1e-4, 1e3),)
 
     def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None
@@ -365,36 +398,11 @@ class NegativeBinomial(_LogCount):
         p = torch.sigmoid(shifted)
         return y - (y + size) * p, -(y + size) * p * torch.sigmoid(-shifted)
 
-    def simulate(self, eta, *, rng, trials=None, dispersion=None, variance_residual=None):  # type: ignore[no-untyped-def]
-        phi = 0.5 if dispersion is None else dispersion
+    def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
+        phi = own.get("dispersion", 0.5)
         return rng.poisson(np.exp(eta) * rng.gamma(1 / phi, phi, size=np.shape(eta))).astype(float)
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None
         rate = torch.exp(eta + total / 2).mean(-1, keepdim=True)
         return torch.special.polygamma(1, 1 / (1 / rate + phi))
-
-
-def concrete(base: type[Family] = Family) -> list[type[Family]]:
-    """Every family that can be used, found by walking the subclasses."""
-    found = [] if inspect.isabstract(base) else [base]
-    for child in base.__subclasses__():
-        found += concrete(child)
-    return found
-
-
-NOT_YET = {
-    "categorical": "fit one fate against the rest with family='bernoulli'",
-    "ordinal": "fit 'at or above a stage' with family='bernoulli'",
-    "beta": "fit the logit of the probability with family='gaussian'",
-}
-
-
-def get_family(name: str, link: str | None = None) -> Family:
-    """The family called `name`, with its default link unless `link` is given."""
-    if name in NOT_YET:
-        raise NotImplementedError(f"family {name!r} is not there yet; meanwhile {NOT_YET[name]}.")
-    known = {family.name: family for family in concrete()}
-    if name not in known:
-        raise DataError(f"unknown family {name!r}; choose from {', '.join(sorted(known))}.")
-    return known[name](link)

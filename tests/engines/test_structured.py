@@ -15,7 +15,8 @@ from cellfate.kernels.base import Component, Given
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.lineage import LINEAGE_KERNELS, Brownian
 from cellfate.kernels.spatial import Matern32
-from cellfate.model.families import Outcome, concrete, get_family
+from cellfate.model.catalog import concrete, get_family
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from cellfate.trees.convert import to_forest
 from tests.problem import dense_engine, double, random_newick, small_problem

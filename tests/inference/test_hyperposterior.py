@@ -13,7 +13,8 @@ from cellfate.inference.mode import find_mode
 from cellfate.inference.sites import Laplace, Variational
 from cellfate.kernels.base import Component
 from cellfate.kernels.spatial import Matern32
-from cellfate.model.families import Outcome, get_family
+from cellfate.model.catalog import get_family
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from tests.problem import dense_engine, double, small_problem, stored_json, stored_problem
 

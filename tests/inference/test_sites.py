@@ -12,7 +12,8 @@ from cellfate.inference.free_energy import evaluate, evaluate_with_gradient, lik
 from cellfate.inference.sites import RULES, ExpectationPropagation, Laplace, Variational, divergence
 from cellfate.inference.variational_laplace import Status, fit_sites
 from cellfate.kernels.base import Component, Given
-from cellfate.model.families import Outcome, concrete, get_family
+from cellfate.model.catalog import concrete, get_family
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from tests.problem import dense_engine, double, small_problem
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cellfate.errors import DataError
-from cellfate.model.families import NOT_YET, Family, Outcome, concrete, get_family
+from cellfate.model.catalog import NOT_YET, concrete, get_family
+from cellfate.model.families import Family, Outcome
 from tests.problem import double
 
 ALL = [(family.name, link) for family in concrete() for link in family.links]

@@ -12,7 +12,8 @@ from cellfate.kernels.base import Basis, Component
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.lineage import Brownian, OrnsteinUhlenbeck, Pagel
 from cellfate.kernels.spatial import Matern32
-from cellfate.model.families import Outcome, get_family
+from cellfate.model.catalog import get_family
+from cellfate.model.families import Outcome
 from cellfate.model.glmm import FIXED, Data, Model
 from cellfate.trees.convert import to_forest
 from tests.problem import double

@@ -1,0 +1,32 @@
+"""Every family there is, by name."""
+
+from __future__ import annotations
+
+import inspect
+
+from cellfate.errors import DataError
+from cellfate.model import ordinal, proportions  # noqa: F401  (their families are found by walking the subclasses)
+from cellfate.model.families import Family
+
+
+def concrete(base: type[Family] = Family) -> list[type[Family]]:
+    """Every family that can be used, found by walking the subclasses."""
+    found = [] if inspect.isabstract(base) else [base]
+    for child in base.__subclasses__():
+        found += concrete(child)
+    return found
+
+
+NOT_YET = {
+    "categorical": "fit one fate against the rest with family='bernoulli'",
+}
+
+
+def get_family(name: str, link: str | None = None) -> Family:
+    """The family called `name`, with its default link unless `link` is given."""
+    if name in NOT_YET:
+        raise NotImplementedError(f"family {name!r} is not there yet; meanwhile {NOT_YET[name]}.")
+    known = {family.name: family for family in concrete()}
+    if name not in known:
+        raise DataError(f"unknown family {name!r}; choose from {', '.join(sorted(known))}.")
+    return known[name](link)
