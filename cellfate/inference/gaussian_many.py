@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate._runtime import logger, named_generator, progress, resolve_device
+from cellfate._runtime import logger, named_generator, one_of_many, progress, resolve_device
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import CellfateWarning, DataError
@@ -49,6 +49,9 @@ AT_ONCE = 64  # responses searched and integrated together
 MEMORY = 8e8  # bytes for tables
 MOST_EDGE = 0.005  # of a posterior next to the end of the tables, or the response is fitted by itself
 SETTLED = 1e-3  # nats that another step of the search may still bring
+
+
+Window = tuple[float, float] | None  # of length-scales
 
 
 def can_serve(components: Sequence[Component], *, engine: str = "auto", reml: bool = True) -> str | None:
@@ -131,7 +134,9 @@ class Together:
     def __post_init__(self) -> None:
         self.on = resolve_device(self.device)
         self.n = self.components[0].kernel.n
-        self._tabulations: dict[tuple[float, float] | None, Tabulation] = {}
+        self._tabulations: dict[Window, Tabulation] = {}
+        self._windows: list[Window] = []
+        self._alone: GLMM | None = None
         self.lineage = next((c.name for c in self.components if isinstance(c.kernel, LineageKernel)), "")
         self.columns = next((c.name for c in self.components if not isinstance(c.kernel, LineageKernel)), "")
         free = [h.fixed is None for c in self.components if c.name == self.columns for h in c.kernel.hyperparameters]
@@ -154,57 +159,69 @@ class Together:
         """Those of one chunk, in order."""
         began = time.perf_counter()
         models = [self.model(np.ascontiguousarray(y)) for y in Y.T]
-        windows = self.windows(models, Y)
+        waiting: dict[Window, list[int]] = {}
+        for j, window in enumerate(self.windows(models, Y)):
+            waiting.setdefault(window, []).append(j)
         found: dict[int, GLMMFit] = {}
-        for window in sorted(set(windows), key=lambda w: w or (0.0, 0.0)):
-            index = np.array([i for i, w in enumerate(windows) if w == window])
-            mine = [models[i] if window is None else models[i].within({self.lengthscale: window}) for i in index]
-            posteriors, modes = self.located(window, mine, Y[:, index])
-            logger.info(
-                "%d responses, length-scales within %s: modes after %.1f s",
-                len(index),
-                window,
-                time.perf_counter() - began,
+        while waiting:  # windows rise, and a response that one of them does not hold is looked for in the next
+            window = min(waiting, key=lambda w: w or (0.0, 0.0))
+            index = np.array(waiting.pop(window))
+            for i, fit in self._within(window, index, models, Y, names, seed):
+                if fit is not None:
+                    found[i] = fit
+                elif (above := self._above(window)) is not None:
+                    waiting.setdefault(above, []).append(i)
+                else:
+                    logger.info("%s is fitted by itself: its posterior reaches the end of the tables", names[i])
+                    found[i] = self.alone(Y[:, i], names[i], seed, engine)
+            logger.debug(
+                "%d responses, length-scales within %s: %.1f s", len(index), window, time.perf_counter() - began
             )
-            for start in range(0, len(index), AT_ONCE):
-                some = np.arange(start, min(start + AT_ONCE, len(index)))
-                streams = [named_generator(seed, names[index[i]]) for i in some]
-                here = _some_of(modes, some)
-                cloud = posteriors.cloud(some, here, streams)
-                for k, i in enumerate(some):
-                    j = int(index[i])
-                    doubtful = (
-                        cloud.edge[k] > MOST_EDGE
-                        or here.gain[k] > SETTLED
-                        or not np.isfinite(here.log_posterior[k])
-                        or not np.isfinite(cloud.edge[k])
-                    )
-                    if doubtful:
-                        logger.info("%s is fitted by itself: its posterior reaches the end of the tables", names[j])
-                        found[j] = self.alone(Y[:, j], names[j], seed, engine)
-                    else:
-                        at = self._tabulations[window].engine
-                        found[j] = _assembled(posteriors, int(i), k, here, cloud, streams[k], names[j], at)
         spent = (time.perf_counter() - began) / len(names)
         for j in range(len(names)):
             fit = found.pop(j)
             fit.diagnostics["seconds"] = fit.diagnostics.get("seconds") or spent
             yield fit
 
+    def _within(
+        self, window: Window, index: np.ndarray, models: list[Model], Y: np.ndarray, names: list[str], seed: int
+    ) -> Iterator[tuple[int, GLMMFit | None]]:
+        """Fits of some responses in the tables of a window; None for one that these do not hold."""
+        index = np.sort(index)
+        mine = [models[i] if window is None else models[i].within({self.lengthscale: window}) for i in index]
+        posteriors, modes = self.located(window, mine, Y[:, index])
+        engine = self._tabulations[window].engine
+        for start in range(0, len(index), AT_ONCE):
+            some = np.arange(start, min(start + AT_ONCE, len(index)))
+            streams = [named_generator(seed, names[index[i]]) for i in some]
+            here = _some_of(modes, some)
+            cloud = posteriors.cloud(some, here, streams)
+            held = (cloud.edge <= MOST_EDGE) & (here.gain <= SETTLED) & np.isfinite(here.log_posterior)
+            for k, i in enumerate(some):
+                name = names[index[i]]
+                fit = _assembled(posteriors, int(i), k, here, cloud, streams[k], name, engine) if held[k] else None
+                yield int(index[i]), fit
+
+    def _above(self, window: Window) -> Window:
+        """The next of the windows that overlap; None at the end."""
+        if window not in self._windows[:-1]:
+            return None
+        return self._windows[self._windows.index(window) + 1]
+
     def alone(self, y: np.ndarray, name: str, seed: int, engine: str) -> GLMMFit:
         kind = "structured" if self.rank is not None else engine
-        glmm = GLMM("gaussian", self.components, priors=self.priors, engine=kind, rank=self.rank, device=self.on)
-        with warnings.catch_warnings():
+        if self._alone is None:
+            glmm = GLMM("gaussian", self.components, priors=self.priors, engine=kind, rank=self.rank, device=self.on)
+            self._alone = glmm.shared()
+        with one_of_many(), warnings.catch_warnings():
             warnings.simplefilter("ignore", CellfateWarning)  # kept in its status
-            return glmm.fit(
+            return self._alone.fit(
                 y, self.design, self.offset, terms=self.terms, response=name, rng=named_generator(seed, name)
             )
 
     # -- where to look -------------------------------------------------------------------------------------------------
 
-    def located(
-        self, window: tuple[float, float] | None, models: list[Model], Y: np.ndarray
-    ) -> tuple[Posteriors, Modes]:
+    def located(self, window: Window, models: list[Model], Y: np.ndarray) -> tuple[Posteriors, Modes]:
         """Posteriors of some responses over the length-scales of a window, and their modes."""
         if window not in self._tabulations:
             wide = window is not None and math.log(window[1] / window[0]) > 1.01 * WINDOW
@@ -221,16 +238,14 @@ class Together:
             modes = _in_parts(posteriors, len(models), modes.u)
         return posteriors, modes
 
-    def tabulation(
-        self, components: tuple[Component, ...], n: int, window: tuple[float, float] | None, wide: bool
-    ) -> Tabulation:
+    def tabulation(self, components: tuple[Component, ...], n: int, window: Window, wide: bool) -> Tabulation:
         ranges = {} if window is None else {self.columns: window}
         engine = StructuredEngine(components, n, device=self.on, dtype=torch.float64, rank=self.rank, ranges=ranges)
         order = WIDE_ORDER if wide else ORDERS[1]
         grid = self.grid(window, (ORDERS[0], order, ORDERS[2]))
         return Tabulation(engine, components, torch.as_tensor(self.design).to(engine.like), grid)
 
-    def grid(self, window: tuple[float, float] | None, orders: tuple[int, int, int]) -> Grid:
+    def grid(self, window: Window, orders: tuple[int, int, int]) -> Grid:
         none = Axis.between(0.0, 0.0, 1, BASE)
         lineage = Axis.between(0.0, LARGEST_RATIO, orders[0], BASE) if self.lineage else none
         columns = Axis.between(0.0, LARGEST_RATIO, orders[2], BASE) if self.columns else none
@@ -256,7 +271,7 @@ class Together:
             level,
         )
 
-    def windows(self, models: list[Model], Y: np.ndarray) -> list[tuple[float, float] | None]:
+    def windows(self, models: list[Model], Y: np.ndarray) -> list[Window]:
         """For each response the length-scales that matter to it, from a few fixed windows, by a fit of some of the cells."""
         if not self.lengthscale:
             return [None] * len(models)
@@ -292,15 +307,16 @@ class Together:
         spread = np.sqrt(((vectors[:, place] ** 2) / np.clip(values, 1 / 9, None)).sum(-1)).clip(min=NARROWEST)
         steps = math.ceil((high - low - WINDOW) / (WINDOW / 2))
         begins = np.linspace(low, high - WINDOW, steps + 1)
-        out: list[tuple[float, float] | None] = []
+        self._windows = [(math.exp(begin), math.exp(begin + WINDOW)) for begin in begins]
+        out: list[Window] = []
         for x, sd in zip(modes.u[:, place], spread, strict=True):
             down, up = max(x - ASIDE[0] * sd, low), min(x + ASIDE[1] * sd, high)
             fits = (begins <= down + 1e-9) & (begins + WINDOW >= up - 1e-9)
             if not fits.any():
                 out.append(whole)
                 continue
-            best = begins[fits][np.argmin(np.abs(begins[fits] + WINDOW / 2 - (down + up) / 2))]
-            out.append((math.exp(best), math.exp(best + WINDOW)))
+            apart = np.where(fits, np.abs(begins + WINDOW / 2 - (down + up) / 2), np.inf)
+            out.append(self._windows[int(np.argmin(apart))])
         return out
 
 

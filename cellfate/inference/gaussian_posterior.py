@@ -299,7 +299,11 @@ class Posteriors:
         offsets = np.concatenate(
             [np.zeros((1, d)), eye, -eye, *([[eye[i] + eye[j], -eye[i] - eye[j]] for i, j in pairs])]
         )
-        f = self.log_posterior(rows, u[:, None] + offsets * h[:, None], forms)
+        low, high = self.bounds(rows)
+        centre = np.clip(u, low + h, high - h)  # beyond the bounds there is nothing
+        points = np.concatenate([u[:, None], centre[:, None] + offsets * h[:, None]], 1)
+        values = self.log_posterior(rows, points, forms)
+        there, f = values[:, 0], values[:, 1:]
         f = np.nan_to_num(f, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
         lost = ~np.isfinite(f[:, 0])  # a response that tables do not hold: it is found out by its value
         f = np.where(lost[:, None], 0.0, np.maximum(f, f[:, :1] - 1e6))
@@ -309,7 +313,7 @@ class Posteriors:
         for k, (i, j) in enumerate(pairs):
             mixed = both[:, 2 * k] + both[:, 2 * k + 1] - up[:, i] - up[:, j] - down[:, i] - down[:, j] + 2 * f[:, 0]
             bend[:, i, j] = bend[:, j, i] = -mixed / (2 * h[:, i] * h[:, j])
-        return np.where(lost, -np.inf, f[:, 0]), (up - down) / (2 * h), bend
+        return np.where(lost, -np.inf, there), (up - down) / (2 * h), bend
 
     # -- draws ---------------------------------------------------------------------------------------------------------
 

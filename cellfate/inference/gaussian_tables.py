@@ -29,8 +29,8 @@ from cellfate.trees.sweeps import TreeFactor
 
 BASE = 1e-3  # added to a ratio before the logarithm: below it, a component is all but absent
 LARGEST_RATIO = 300.0  # of a component's variance to the residual's that the grid holds
-SPACING = (1.0, 0.5, 1.0)  # of the points along the axes at which what cells keep for themselves is worked out exactly
-NEGLIGIBLE = 1e-3  # nats that it may amount to, and is not worked out
+SPACING = (2.0, 0.75, 1.5)  # of the points along the axes at which what cells keep for themselves is worked out exactly
+NEGLIGIBLE = 5e-3  # nats that it may amount to, and is not worked out
 COLUMNS = 128  # responses at a time, always as many: what is found for one does not depend on its company
 
 
