@@ -34,7 +34,7 @@ class Cells:
     groups: dict[str, np.ndarray]  # name -> (n,) int64 codes into `group_levels[name]`
     group_levels: dict[str, tuple[str, ...]]
     kept: np.ndarray  # (n_obs,) bool, rows of the input that are here
-    levels: tuple[str, str] | None  # bernoulli: what 0 and 1 stand for
+    levels: tuple[str, ...] | None  # bernoulli and ordinal: what 0, 1, ... stand for
     slopes: dict[str, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict
     )  # name -> codes and covariate, each (n,)

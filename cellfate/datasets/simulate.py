@@ -50,6 +50,8 @@ def simulate(
     trials: int | Sequence[int] | np.ndarray = 10,
     dispersion: float = 0.5,
     variance_residual: float = 0.5,
+    precision: float = 10.0,
+    cut_points: Sequence[float] = (0.0, 1.0, 2.0),
     death: float = 0.2,
     groups: Mapping[str, tuple[int, float]] | None = None,
     rng: SeedLike | None = None,
@@ -90,8 +92,8 @@ def simulate(
         Independent embryos, colonies or sections, of one distribution.
     intercept, coefficients
         Fixed effects: covariates by name with their slopes, each a standard normal column of `obs`.
-    trials, dispersion, variance_residual
-        Of the binomial, the negative binomial and the gaussian family.
+    trials, dispersion, variance_residual, precision, cut_points
+        Of the binomial, the negative binomial, the gaussian, the beta and the ordinal family. Cut points rise from 0.
     death
         Death rate over birth rate, 0 up to 1.
     groups
@@ -116,6 +118,9 @@ def simulate(
     _need(0 <= inheritance <= 1, "inheritance", inheritance, "between 0 and 1")
     _need(0 <= death < 1, "death", death, "at least 0 and below 1, death rate over birth rate")
     _need(0 < lengthscale < np.inf, "lengthscale", lengthscale, "positive and finite")
+    _need(0 < precision < np.inf, "precision", precision, "positive and finite")
+    rising = len(cut_points) > 0 and cut_points[0] == 0 and bool((np.diff(cut_points) > 0).all())
+    _need(rising, "cut_points", list(cut_points), "numbers that rise from 0, such as (0, 1, 2)")
     _need(0 < dispersion < np.inf, "dispersion", dispersion, "positive and finite")
     for name, variance in variances.items():
         _need(0 <= variance < np.inf, name, variance, "a variance, zero or more and finite")
@@ -154,8 +159,10 @@ def simulate(
         obs[name] = pd.Categorical.from_codes(codes, [f"{name}{i}" for i in range(levels)])
         effects[name] = np.sqrt(variance) * rng.standard_normal(levels)[codes]
     eta += effects.sum(axis=1).to_numpy()
-    fate = outcome.simulate(eta, rng=rng, trials=tries, dispersion=dispersion, variance_residual=variance_residual)
-    obs["fate"] = fate if family == "gaussian" else fate.astype(np.int64)
+    gaps = np.diff(np.asarray(cut_points, dtype=float))
+    own = {"dispersion": dispersion, "precision": precision, "gaps": gaps}
+    fate = outcome.simulate(eta, rng=rng, trials=tries, variance_residual=variance_residual, **own)
+    obs["fate"] = fate if outcome.kind in ("real", "proportion") else fate.astype(np.int64)
     if tries is not None:
         obs["trials"] = tries
 
@@ -183,6 +190,10 @@ def simulate(
         truth["variance_residual"] = float(variance_residual)
     if family == "negative_binomial":
         truth["dispersion"] = float(dispersion)
+    if family == "beta":
+        truth["precision"] = float(precision)
+    if family == "ordinal":
+        truth["cut_points"] = np.array(cut_points, dtype=float)
     adata.uns["truth"] = truth
     return adata
 

@@ -105,7 +105,8 @@ def checked_priors(priors: Mapping[str, object] | None, components: Sequence[Com
         raise DataError(
             f"priors are a {type(priors).__name__}, wanted a dict such as {{'sd_lineage': ('half_normal', 1)}}."
         )
-    scales = {f"sd_{c.name}": "sd" for c in components} | {"sd_residual": "sd", "dispersion": "log", "beta": "real"}
+    scales = {f"sd_{c.name}": "sd" for c in components} | {"sd_residual": "sd", "beta": "real"}
+    scales |= {"dispersion": "log", "precision": "log"}
     held: dict[str, float] = {}
     for component in components:
         for hyper in component.kernel.hyperparameters:
@@ -114,6 +115,8 @@ def checked_priors(priors: Mapping[str, object] | None, components: Sequence[Com
             if hyper.fixed is not None:
                 held[name] = hyper.fixed
     for name, spec in (priors or {}).items():
+        if name.startswith("gap_"):
+            scales[name] = "log"
         if name in held:
             raise DataError(
                 f"priors name {name!r}, which is held at {held[name]:g}: a prior would do nothing. Leave out the one or the other."

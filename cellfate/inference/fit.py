@@ -162,7 +162,7 @@ class GLMM:
     ) -> GLMMFit:
         """Estimate the hyperparameters and partition the variance.
 
-        y: (n,), 0 and 1 for bernoulli. X: (n, p) fixed effects with `terms` as the names of its columns; None means none, not
+        y: (n,), 0 and 1 for bernoulli, 0 to K - 1 for ordinal. X: (n, p) fixed effects with `terms` as the names of its columns; None means none, not
         even an intercept: for one, give a column of ones. offset: (n,), known, on link scale. trials: (n,) or one number, for
         binomial. response: what to call y in tables and messages. Warns where the answer is not to be trusted; the reasons
         are in `diagnostics`.
@@ -321,7 +321,8 @@ class GLMM:
         if kind == "count":
             check_log_offset(known, "offset")
             warn_of_two_values(response_, response, self.family.name)
-        outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total))
+        levels = int(response_.max()) + 1 if kind == "levels" else None
+        outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total), levels)
         data = Data(outcome, self._tensor(design), names, self._tensor(known))
         model = Model(self.family, self.components, data, self.priors, self.reml)
         return model, *self._chosen(n)

@@ -55,5 +55,5 @@ def _standard(count: int, d: int) -> np.ndarray:
 def factor_of(curvature: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """Lower factors of the inverse curvatures, no wider than three units in any direction."""
     values, vectors = np.linalg.eigh(curvature * unit[:, :, None] * unit[:, None, :])
-    values = np.clip(values, 1 / 9, None)
+    values = np.clip(values, 1 / 9, 1e8)
     return np.linalg.cholesky((vectors / values[:, None, :]) @ vectors.mT * unit[:, :, None] * unit[:, None, :])

@@ -258,7 +258,7 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
                 columns[:, i], half[i] = model.data.design[:, model.data.terms.index(parameter.name[5:-1])], 1.0
             elif parameter.name == "sd_residual":
                 columns[:, i] = 2 * torch.exp(2 * u[i]) * b[0]
-            elif parameter.name != model.family.parameter:
+            elif parameter.name not in model.own:
                 columns[:, i] = (prior_times_b(u + offsets[i]) - prior_times_b(u - offsets[i])) / (2 * offsets[i, i])
         information = (columns.mT @ here.posterior.residual(columns[None])[0]) * torch.sqrt(half[:, None] * half)
     return information + torch.diag(floor / unit.square())

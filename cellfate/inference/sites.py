@@ -212,12 +212,8 @@ class ExpectationPropagation(Rule):
         x, w = quadrature(posterior.mean)
         z = x.expand(*posterior.mean.shape, -1)
         u = posterior.mean[..., None] + marginal.sqrt()[..., None] * z
-        wide = Outcome(
-            likelihood.outcome.y[..., None],
-            None if likelihood.outcome.trials is None else likelihood.outcome.trials[..., None],
-        )
-        phi = None if likelihood.phi is None else likelihood.phi[..., None]
-        f = likelihood.family.log_prob(wide, u + likelihood.shift[..., None], phi)
+        phi = likelihood.family.beside_nodes(likelihood.phi)
+        f = likelihood.family.log_prob(likelihood.outcome.beside_nodes, u + likelihood.shift[..., None], phi)
         ratio = 0.5 * z.square() - 0.5 * (u - mean[..., None]).square() / variance[..., None]
         log_weight = torch.log(w) + f + ratio + 0.5 * (marginal / variance).log()[..., None]
         log_z = torch.logsumexp(log_weight, -1)

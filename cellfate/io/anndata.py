@@ -268,7 +268,8 @@ def _design(
     if fate in columns_of(formula):
         raise DataError(f"formula {formula!r} has the fate {fate!r} among its own covariates. Leave it out.")
     y, trials = response.y, response.trials
-    if fate is None or (response.levels is None and trials is None):
+    binary = response.levels is not None and len(response.levels) == 2
+    if fate is None or not (binary or trials is not None):
         return design, terms
     zero, one = y < (1 if trials is None else trials), y > 0
     found = separating(formula, obs, design, terms, zero=zero, one=one)

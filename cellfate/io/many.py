@@ -55,6 +55,8 @@ class Fates:
             check_finite(values, cells, label, "Leave those cells out.")
             if self.kind == "binary" and not np.isin(values, (0.0, 1.0)).all():
                 raise DataError(f"{label} is not 0 and 1, which family='bernoulli' wants. Use another family or layer.")
+            if self.kind == "levels":
+                values = np.unique(values, return_inverse=True)[1].astype(np.float64)
             trials = read_trials(self.adata, self.trials, self.kept) if self.kind == "successes" else None
             check_response(values, cells, label, kind=self.kind, trials=trials)
             return np.ascontiguousarray(values)

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from cellfate._runtime import logger
 from cellfate.errors import DataError
 from cellfate.io.columns import check_present, column, factorize, instead, numbers, per_cell
-from cellfate.model.checks import check_both_sides, check_counts, check_finite, check_response
+from cellfate.model.checks import check_both_sides, check_counts, check_finite, check_levels, check_response
 from cellfate.trees.forest import examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+
+MOST_LEVELS = 30  # of an ordered fate
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,7 @@ class Response:
 
     y: np.ndarray  # (n,) float64
     trials: np.ndarray | None  # (n,) float64, successes only
-    levels: tuple[str, str] | None  # binary only: what 0 and 1 stand for
+    levels: tuple[str, ...] | None  # binary and ordered: what 0, 1, ... stand for
 
 
 def find_fate(adata: AnnData, fate: Any, layer: str | None = None) -> tuple[pd.Series, str]:
@@ -64,7 +68,7 @@ def find_fate(adata: AnnData, fate: Any, layer: str | None = None) -> tuple[pd.S
 def read_response(
     adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np.ndarray, layer: str | None = None
 ) -> Response:
-    """The fate of the kept cells, as a family of this kind (real, binary, successes, count) takes it."""
+    """The fate of the kept cells, as a family of this kind takes it."""
     column_, label = find_fate(adata, fate, layer)
     values, names = column_[kept], adata.obs_names[kept].to_numpy()
     remedy = f"Leave those cells out: `adata[adata.obs[{fate!r}].notna()]`." if fate in adata.obs else "Leave them out."
@@ -76,9 +80,12 @@ def read_response(
     if kind == "binary":
         check_present(values, label, remedy)
         return _binary(values, label)
+    if kind == "levels":
+        check_present(values, label, remedy)
+        return _ordered(values, label)
     response = numbers(values, label, _not_numbers(values, kind))
     check_finite(response, names, label, remedy)
-    if kind not in ("real", "successes", "count"):
+    if kind not in ("real", "successes", "count", "proportion"):
         raise NotImplementedError(f"Reading a response of kind {kind!r} is not there yet.")
     total, source = None, "trials"
     if kind == "successes":
@@ -91,7 +98,12 @@ def _not_numbers(values: pd.Series, kind: str) -> str:
     levels = values.dropna().unique()
     if len(levels) == 2:
         return f"It has two levels ({examples(levels)}): use family='bernoulli'."
-    what = {"real": "measurements", "count": "counts", "successes": "numbers of successes"}[kind]
+    what = {
+        "real": "measurements",
+        "count": "counts",
+        "successes": "numbers of successes",
+        "proportion": "probabilities",
+    }[kind]
     return (
         f"Give {what} as numbers (`.astype(float)`), or ask about one level at a time: "
         "`adata.obs['is_it'] = adata.obs[fate] == level` with family='bernoulli'."
@@ -112,6 +124,40 @@ def _binary(values: pd.Series, label: str) -> Response:
         )
     check_both_sides(codes, values.index.to_numpy(), label, levels, [repr(level) for level in levels])
     return Response(codes.astype(np.float64), None, (levels[0], levels[1]))
+
+
+def _ordered(values: pd.Series, label: str) -> Response:
+    """Levels in the order of a categorical, or of whole numbers."""
+    names = values.index.to_numpy()
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        if not values.cat.ordered:
+            raise DataError(
+                f"{label} is a categorical without an order ({examples(values.cat.categories)}). Give it one: "
+                "`adata.obs[fate] = adata.obs[fate].cat.set_categories([...], ordered=True)`."
+            )
+        empty = values.cat.categories.difference(values.unique())
+        if len(empty):
+            logger.info("%s: %d levels have no cell and are left out: %s", label, len(empty), examples(empty))
+        values = values.cat.remove_unused_categories()
+        levels = tuple(str(level) for level in values.cat.categories)
+        codes = values.cat.codes.to_numpy()
+    else:
+        if not pd.api.types.is_numeric_dtype(values.dtype):
+            raise DataError(
+                f"{label} is text ({examples(values.unique())}), whose order is not known. Make it an ordered categorical: "
+                "`adata.obs[fate] = pd.Categorical(adata.obs[fate], categories=[...], ordered=True)`."
+            )
+        numbers_ = values.to_numpy(np.float64)
+        check_finite(numbers_, names, label, "Leave those cells out.")
+        found, codes = np.unique(numbers_, return_inverse=True)
+        if (found != np.round(found)).any() or len(found) > MOST_LEVELS:
+            raise DataError(
+                f"{label} has {len(found)} different values ({examples(f'{x:g}' for x in found)}), wanted up to {MOST_LEVELS} whole "
+                "numbers as levels. For measurements use family='gaussian', or cut them into stages with `pd.cut`."
+            )
+        levels = tuple(f"{x:g}" for x in found)
+    check_levels(codes, names, label, levels)
+    return Response(codes.astype(np.float64), None, levels)
 
 
 def _trials(adata: AnnData, successes: np.ndarray, label: str, trials: Any, kept: np.ndarray) -> tuple[np.ndarray, str]:

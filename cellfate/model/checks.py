@@ -50,7 +50,7 @@ def check_finite(values: np.ndarray, names: np.ndarray, label: str, remedy: str)
 def check_response(
     y: np.ndarray, names: np.ndarray, label: str, *, kind: str, trials: np.ndarray | None, trials_label: str = "trials"
 ) -> None:
-    """Can a family of this kind (real, binary, successes, count) have produced these finite values?"""
+    """Can a family of this kind (real, binary, successes, count, levels, proportion) have produced these finite values?"""
     if kind == "binary":
         _check_binary(y, names, label)
     elif kind == "successes":
@@ -64,8 +64,49 @@ def check_response(
                 f"{label} is above zero in only 1 of {len(y)} cells: {examples(names[y > 0])}. "
                 f"At least {FEWEST} are needed to say anything about relatives or neighbors."
             )
+    elif kind == "levels":
+        check_counts(y, names, label, "Number the levels 0, 1, 2, ... in their order.")
+        check_levels(y.astype(np.int64), names, label, [str(k) for k in range(int(y.max()) + 1)])
+    elif kind == "proportion":
+        _check_proportions(y, names, label)
     else:
         _check_varies(y, label)
+
+
+def check_levels(codes: np.ndarray, names: np.ndarray, label: str, levels: Sequence[str]) -> None:
+    """Codes 0 to K - 1, at least two levels and at least two cells of each."""
+    counts = np.bincount(codes, minlength=len(levels))
+    if len(levels) < 2:
+        raise DataError(
+            f"{label} has one level in all {len(codes)} cells. There is no variation to partition: choose another fate or other "
+            "cells."
+        )
+    rare = np.flatnonzero(counts < FEWEST)
+    if rare.size:
+        shown = examples(f"{levels[int(k)]}: {counts[k]}" for k in rare)
+        cells = f" ({examples(names[np.isin(codes, rare)])})" if counts[rare].any() else ""
+        raise DataError(
+            f"{label} has {rare.size} of {len(levels)} levels with fewer than {FEWEST} cells, {shown}{cells}. Merge neighboring "
+            "levels, or leave those cells out."
+        )
+
+
+def _check_proportions(y: np.ndarray, names: np.ndarray, label: str) -> None:
+    outside = (y < 0) | (y > 1)
+    if outside.any():
+        shown = examples(f"{name}: {value:g}" for name, value in zip(names[outside][:6], y[outside][:6], strict=True))
+        raise DataError(
+            f"{label} is outside of 0 to 1 in {int(outside.sum())} of {len(y)} cells: {shown}. family='beta' wants probabilities: "
+            "divide percentages by 100."
+        )
+    ends = (y == 0) | (y == 1)
+    if ends.any():
+        raise DataError(
+            f"{label} is exactly 0 or 1 in {int(ends.sum())} of {len(y)} cells: {examples(names[ends])}. A beta density is not finite "
+            "there: pull the values in, `(y * (n - 1) + 0.5) / n` (Smithson & Verkuilen 2006); for yes or no use "
+            "family='bernoulli', for parts of a whole number family='binomial' with trials."
+        )
+    _check_varies(y, label)
 
 
 def check_counts(values: np.ndarray, names: np.ndarray, label: str, remedy: str) -> None:

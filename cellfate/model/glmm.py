@@ -37,8 +37,7 @@ class Data:
     def at(self, cells: np.ndarray) -> Data:
         """The same for some of the cells."""
         index = torch.as_tensor(cells, device=self.offset.device)
-        trials = None if self.outcome.trials is None else self.outcome.trials[index]
-        return Data(Outcome(self.outcome.y[index], trials), self.design[index], self.terms, self.offset[index])
+        return Data(self.outcome.at(index), self.design[index], self.terms, self.offset[index])
 
 
 @dataclass(frozen=True)
@@ -89,17 +88,20 @@ class Model:
 
     def _in_units(self, other: Model) -> Model:
         """`other` in the units and under the priors of this model."""
-        other.__dict__.update(response_scale=self.response_scale, beta_sd=self.beta_sd)
+        other.__dict__.update(response_scale=self.response_scale, beta_sd=self.beta_sd, own=self.own)
         return other
 
     def _known(self) -> list[str]:
         names = [f"sd_{c.name}" for c in self.components]
         names += [h.parameter(c.name) for c in self.components for h in c.kernel.hyperparameters]
-        return names + ([self._family_parameter] if self._family_parameter else [])
+        return names + list(self.own)
 
-    @property
-    def _family_parameter(self) -> str | None:
-        return "sd_residual" if self.family.parameter == "variance_residual" else self.family.parameter
+    @cached_property
+    def own(self) -> tuple[str, ...]:
+        """Names of the family's own hyperparameters."""
+        if self.family.parameter == "variance_residual":
+            return ("sd_residual",)
+        return tuple(one.name for one in self.family.own(self.data.outcome))
 
     @cached_property
     def response_scale(self) -> float:
@@ -138,8 +140,8 @@ class Model:
             out += self._parameter(name, "sd", HalfNormal(2.0 * own), 0.7 * own, 0.0, 50 * own)
         if self.family.parameter == "variance_residual":
             out += self._parameter("sd_residual", "log", HalfNormal(2.0 * unit), 0.5 * unit, 1e-3 * unit, 10 * unit)
-        elif self.family.parameter is not None:
-            out += self._parameter(self.family.parameter, "log", LogNormal(0.5, 1.5), 0.5, 1e-4, 1e3)
+        for one in self.family.own(self.data.outcome):
+            out += self._parameter(one.name, "log", LogNormal(one.median, one.sd), one.start, one.lower, one.upper)
         for component in self.components:
             for hyper in component.kernel.hyperparameters:
                 if hyper.fixed is None:
@@ -275,11 +277,13 @@ class Model:
         return out
 
     def phi(self, theta: Theta) -> Tensor | None:
-        """The family's own hyperparameter (points, 1)."""
-        if self._family_parameter is None:
+        """The family's own hyperparameter (points, 1), or where it may have several (points, 1, q)."""
+        if not self.own:
             return None
-        value = theta.values[self._family_parameter]
-        return (value.square() if self._family_parameter == "sd_residual" else value)[:, None]
+        if self.family.several:
+            return torch.stack([theta.values[name] for name in self.own], -1)[:, None]
+        value = theta.values[self.own[0]]
+        return (value.square() if self.own[0] == "sd_residual" else value)[:, None]
 
     def shift(self, theta: Theta) -> Tensor:
         """What is added to the latent field (points or 1, n): the offset, and fixed effects that are parameters."""

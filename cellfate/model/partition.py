@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from cellfate.model.glmm import FIXED, RESIDUAL, Model
+from cellfate.model.glmm import FIXED, RESIDUAL, Model, Theta
 
 DISTRIBUTION = "distribution"
 SHARED = "shared"
@@ -53,7 +53,8 @@ def distribution_variance(
     design, offset = model.data.design.cpu(), model.data.offset.cpu()
     random = torch.as_tensor(sum(parts[c.name] for c in model.components)).to(offset)[:, None]
     b = torch.as_tensor(beta).to(offset)
-    phi = None if model.family.parameter is None else torch.as_tensor(_phi(model, values)).to(offset)[:, None]
+    own = {name: torch.as_tensor(values[name]).to(offset) for name in model.own}
+    phi = model.phi(Theta(own, None))
     out, step = [], max(1, CHUNK // model.data.n)
     room = offset.new_empty(step, model.data.n)  # one for all: freed pieces of this size may not be handed back
     for i in range(0, len(b), step):
@@ -61,12 +62,6 @@ def distribution_variance(
         held = None if phi is None else phi[i : i + step]
         out.append(model.family.distribution_variance(eta, random[i : i + step], held)[:, 0])
     return torch.cat(out).numpy()
-
-
-def _phi(model: Model, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    if model.family.parameter == "variance_residual":
-        return values["sd_residual"] ** 2
-    return values[str(model.family.parameter)]
 
 
 def partition(

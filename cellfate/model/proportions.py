@@ -20,24 +20,25 @@ class Beta(Family):
         return (Own("precision", 10.0, 1.5, 5.0, 1e-2, 1e6),)
 
     @staticmethod
-    def _shapes(eta: Tensor, phi: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _shapes(eta: Tensor, phi: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert phi is not None
         eta = eta.clamp(-LARGEST_ETA, LARGEST_ETA)
-        return torch.sigmoid(eta), phi * torch.sigmoid(eta), phi * torch.sigmoid(-eta)
+        mu, other = torch.sigmoid(eta), torch.sigmoid(-eta)
+        return mu, other, phi * mu, phi * other
 
     def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None
-        _, a, b = self._shapes(eta, phi)
+        _, _, a, b = self._shapes(eta, phi)
         constant = torch.lgamma(phi) - torch.lgamma(a) - torch.lgamma(b)
         return constant + (a - 1) * torch.log(outcome.y) + (b - 1) * torch.log1p(-outcome.y)
 
     def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        mu, a, b = self._shapes(eta, phi)
+        mu, other, a, b = self._shapes(eta, phi)
         # a' = a (1 - mu), b' = -b mu; each digamma is multiplied by its own shape, so that a tail does not overflow
         pull = torch.logit(outcome.y) - torch.digamma(a) + torch.digamma(b)
-        slope = a * (1 - mu)
+        slope = a * other
         trigamma = torch.polygamma(1, a) + torch.polygamma(1, b)
-        return slope * pull, slope * (1 - 2 * mu) * pull - slope.square() * trigamma
+        return slope * pull, slope * (other - mu) * pull - slope.square() * trigamma
 
     def start(self, outcome: Outcome) -> Tensor:
         return torch.logit(outcome.y)
@@ -53,5 +54,5 @@ class Beta(Family):
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         """Variance of the logit of a beta variable, exactly: trigamma(mu phi) + trigamma((1 - mu) phi), averaged over cells."""
-        _, a, b = self._shapes(eta, phi)
+        _, _, a, b = self._shapes(eta, phi)
         return (torch.polygamma(1, a) + torch.polygamma(1, b)).mean(-1, keepdim=True).expand_as(total)
