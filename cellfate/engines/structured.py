@@ -198,7 +198,7 @@ class StructuredEngine(Engine):
         return Part(spectrum=scale * structure.spectrum)
 
     def _scale(self, name: str, trace: Tensor, total: Tensor) -> Tensor:
-        scale = sample_variance(trace, total, self.n)
+        scale = sample_variance(trace, total, self.n, self._kernels[name].copies)
         if not bool((scale > 1e-12 * trace / self.n).all()):
             raise DataError(
                 f"component {name!r} is constant over the cells: it cannot explain any variation. Leave it out, or, for a "

@@ -20,7 +20,6 @@ from scipy.optimize import least_squares
 
 from cellfate._runtime import logger, one_of_many, progress
 from cellfate.errors import CellfateWarning, DataError
-from cellfate.inference.locate import some_cells
 from cellfate.inference.mode import PILOT_GAIN, find_mode
 
 DISPERSION = "dispersion"
@@ -103,7 +102,7 @@ def _estimate(
             warnings.simplefilter("ignore", CellfateWarning)
             glmm.on(y, X, offset, terms=terms, response=name)
             model, engine, _ = glmm.problem
-            cells = some_cells(model.data.n, CELLS)
+            cells = model.data.some(CELLS)
             thin = model.at(cells)
             mode = find_mode(thin, engine.pilot(thin.components, cells), glmm.rule, gain=PILOT_GAIN)
     except (DataError, ArithmeticError, ValueError, RuntimeError):

@@ -16,13 +16,14 @@ from cellfate._runtime import SeedLike, announce, generator, out_of_memory, reso
 from cellfate.engines.base import Engine
 from cellfate.engines.choose import ENGINES, NOT_YET, choose
 from cellfate.errors import CellfateWarning, DataError, unknown
+from cellfate.inference import fates
 from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
 from cellfate.inference.predict import Ask, Draws, Predicted, predict
 from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
-from cellfate.inference.sites import RULES, Rule
+from cellfate.inference.sites import RULES, Rule, Variational
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Kernel
 from cellfate.model.checks import (
@@ -33,7 +34,7 @@ from cellfate.model.checks import (
     warn_of_two_values,
 )
 from cellfate.model.families import Outcome
-from cellfate.model.glmm import Data, Model
+from cellfate.model.glmm import FIXED, Data, Model
 from cellfate.model.partition import LATENT, partition, rows
 
 EXACT = 1e-8  # of site updates at given hyperparameters
@@ -157,12 +158,14 @@ class GLMM:
         *,
         trials: Any = None,
         terms: Sequence[str] | None = None,
+        levels: Sequence[str] | None = None,
         response: str = "y",
         rng: SeedLike | None = None,
     ) -> GLMMFit:
         """Estimate the hyperparameters and partition the variance.
 
-        y: (n,), 0 and 1 for bernoulli, 0 to K - 1 for ordinal. X: (n, p) fixed effects with `terms` as the names of its columns; None means none, not
+        y: (n,), 0 and 1 for bernoulli, 0 to K - 1 for ordinal and categorical; for the latter also counts or probabilities (n, K).
+        levels: names of the K fates of categorical, for effects and tables. X: (n, p) fixed effects with `terms` as the names of its columns; None means none, not
         even an intercept: for one, give a column of ones. offset: (n,), known, on link scale. trials: (n,) or one number, for
         binomial. response: what to call y in tables and messages. Warns where the answer is not to be trusted; the reasons
         are in `diagnostics`.
@@ -182,6 +185,10 @@ class GLMM:
             ) from error
         self._problem = model, engine, why
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
+        told, names = posterior, model.data.terms
+        if self.family.kind == fates.KIND:
+            names = term_names(terms, model.data.own_design.shape[1])
+            told, names = fates.told_by_fate(model, posterior, names, levels)
         components, shares = rows(model, response, scales, posterior.values)
         found, approximate = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
         diagnostics = diagnose(model, mode, posterior, scales[LATENT], approximate)
@@ -190,9 +197,9 @@ class GLMM:
         return GLMMFit(
             components=components,
             shares=shares,
-            fixed_effects=fixed_effects(model, posterior),
-            draws=all_draws(model, posterior, scales[LATENT]),
-            effects={c.name: posterior.effects[c.name] for c in model.components},
+            fixed_effects=fixed_effects(told, names),
+            draws=all_draws(told, names, scales[LATENT]),
+            effects={name: x for name, x in told.effects.items() if not name.startswith(FIXED)},
             mode=mode_values(model, mode),
             free_energy=mode.free_energy,
             log_evidence=posterior.log_evidence,
@@ -228,6 +235,9 @@ class GLMM:
         free_energy = here.free_energy.cpu().numpy()
         mean = (here.posterior.mean + model.shift(at)).cpu().numpy()
         variance = here.posterior.variance.cpu().numpy()
+        if self.family.kind == fates.KIND:
+            count = model.data.copies + 1
+            mean, variance = fates.by_fate(mean, count), fates.variances_by_fate(variance, count)
         if points == 1:
             return Evaluated(float(free_energy[0]), mean[0], variance[0], worst.sentence)
         return Evaluated(free_energy, mean, variance, worst.sentence)
@@ -283,7 +293,7 @@ class GLMM:
     @property
     def reason(self) -> str:
         """Why the engine is the one it is."""
-        return self._chosen(self.components[0].kernel.n)[1]
+        return self._chosen(self.components, self.components[0].kernel.n)[1]
 
     @property
     def problem(self) -> tuple[Model, Engine, str]:
@@ -294,6 +304,11 @@ class GLMM:
 
     def _predict(self, draws: GLMMFit | Draws, component: str, ask: Ask, count: int, rng: SeedLike | None) -> Predicted:
         model, engine, _ = self.problem
+        if self.family.kind == fates.KIND:
+            raise NotImplementedError(
+                "effects of ancestors and at new positions are not there yet for family='categorical'; ask about one fate at a time "
+                "with family='bernoulli'."
+            )
         found = draws.draws if isinstance(draws, GLMMFit) else draws
         return predict(model, engine, self.rule, found, component, ask, count=count, rng=generator(rng))
 
@@ -301,6 +316,8 @@ class GLMM:
         self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str = "y"
     ) -> tuple[Model, Engine, str]:
         kind = self.family.kind
+        if kind == fates.KIND:
+            return self._build_fates(y, X, offset, trials, terms, response)
         response_ = numbers(response, y, 1)
         n = len(response_)
         rows_ = np.arange(n)  # how cells are called in a message
@@ -325,13 +342,38 @@ class GLMM:
         outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total), levels)
         data = Data(outcome, self._tensor(design), names, self._tensor(known))
         model = Model(self.family, self.components, data, self.priors, self.reml)
-        return model, *self._chosen(n)
+        return model, *self._chosen(self.components, n)
 
-    def _chosen(self, n: int) -> tuple[Engine, str]:
-        if self._engine is None or self._engine[0].n != n:
-            self._engine = choose(
-                self.engine_name, self.components, n, device=self.device, dtype=self.dtype, rank=self.rank
+    def _build_fates(
+        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str
+    ) -> tuple[Model, Engine, str]:
+        if not self.reml or not isinstance(self.rule, Variational):
+            raise NotImplementedError(
+                "family='categorical' is there with method='variational' and reml=True only; ask about one fate at a time with "
+                "family='bernoulli' for others."
             )
+        if trials is not None or (offset is not None and np.any(offset)):
+            raise DataError(
+                "family='categorical' takes no trials (give a matrix of counts) and no offset, which all fates would share."
+            )
+        weights = fates.weights_of(response, y)
+        n, copies = len(weights), weights.shape[1] - 1
+        rows_ = np.arange(n)
+        design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
+        names = term_names(terms, design.shape[1])
+        if names:
+            check_design(design, names, rows_, "X")
+        design, names = fates.block_design(design, names, copies)
+        seen, total = fates.outcome_of(weights)
+        outcome = Outcome(self._tensor(seen), self._tensor(total), copies + 1)
+        data = Data(outcome, self._tensor(design), names, self._tensor(np.zeros(len(seen))), copies)
+        components = tuple(Component(c.name, c.kernel.copied(copies)) for c in self.components)
+        model = Model(self.family, components, data, self.priors, True)
+        return model, *self._chosen(components, len(seen))
+
+    def _chosen(self, components: Sequence[Component], n: int) -> tuple[Engine, str]:
+        if self._engine is None or self._engine[0].n != n:
+            self._engine = choose(self.engine_name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
         return self._engine
 
     def with_priors(self, priors: Mapping[str, object]) -> GLMM:
@@ -343,7 +385,7 @@ class GLMM:
     def shared(self) -> GLMM:
         """The same model for several responses of its cells, which keeps what one may take over from another."""
         other = copy(self)
-        engine, why = self._chosen(self.components[0].kernel.n)
+        engine, why = self._chosen(self.components, self.components[0].kernel.n)
         other._engine, other._problem = (engine.shared(), why), None
         return other
 

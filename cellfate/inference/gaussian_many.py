@@ -26,7 +26,7 @@ from cellfate.inference.gaussian_posterior import CLOUD, SCOUTS, Cloud, Modes, P
 from cellfate.inference.gaussian_tables import BASE, LARGEST_RATIO, Axis, Grid, Tabulation
 from cellfate.inference.hyperposterior import DRAWS, Hyperposterior
 from cellfate.inference.importance import effective, pareto_smooth, systematic
-from cellfate.inference.locate import PILOT, some_cells
+from cellfate.inference.locate import PILOT
 from cellfate.inference.mode import Mode
 from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
 from cellfate.kernels.base import Basis, Component, Given
@@ -280,7 +280,7 @@ class Together:
         low, high = math.log(own.lower), math.log(own.upper)
         if high - low <= WINDOW:
             return [whole] * len(models)
-        cells = some_cells(self.n, PILOT)
+        cells = models[0].data.some(PILOT)
         thin = [model.at(cells) for model in models]
         engine = StructuredEngine(self.components, self.n, device=self.on, dtype=torch.float64, rank=self.rank)
         small = engine.pilot(thin[0].components, cells)
@@ -392,8 +392,8 @@ def _assembled(
     return GLMMFit(
         components=tables[0],
         shares=tables[1],
-        fixed_effects=fixed_effects(model, posterior),
-        draws=all_draws(model, posterior, scales[LATENT]),
+        fixed_effects=fixed_effects(posterior, model.data.terms),
+        draws=all_draws(posterior, model.data.terms, scales[LATENT]),
         effects={},
         mode=mode_values(model, mode),
         free_energy=mode.free_energy,

@@ -328,8 +328,13 @@ def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: 
     beta, factor = _beta(model, here)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
         fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
-    realized = {name: field.var(-2).cpu().numpy() for name, field in fields.items()}
-    whole = torch.as_tensor(sum(fields.values())).var(-2).cpu().numpy()
+
+    def spread(field: Tensor) -> np.ndarray:
+        """Sample variance over the cells, on average over copies."""
+        return field.unflatten(-2, (model.data.copies, -1)).var(-2).mean(-2).cpu().numpy()
+
+    realized = {name: spread(field) for name, field in fields.items()}
+    whole = spread(torch.as_tensor(sum(fields.values())))
     realized[SHARED] = whole - sum(realized.values())
     if model.family.parameter == "variance_residual":
         residual = here.theta.values["sd_residual"].square().cpu().numpy()

@@ -32,7 +32,7 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
     fields = {f"lengthscale_{field}": field for field in engine.fields() if f"lengthscale_{field}" in names}
     if not fields:
         return model, engine, find_mode(model, engine, rule)
-    some = some_cells(model.data.n, PILOT)
+    some = model.data.some(PILOT)
     thin = model.at(some)
     pilot = find_mode(thin, engine.pilot(thin.components, some), rule, gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
@@ -43,7 +43,7 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
         sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
         information = {field: sds[field] ** 2 * precision for field in fields.values() if field in sds}
     cells = STAGE
-    while model.data.n > 4 * cells:
+    while model.data.n // model.data.copies > 4 * cells:
         u = _stage(model, engine, rule, u, sd, fields, cells)
         cells *= GROWTH
     for _ in range(ATTEMPTS - 1):
@@ -72,11 +72,6 @@ def _focused(
     return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u))
 
 
-def some_cells(n: int, count: int) -> np.ndarray:
-    """Cells at random: those that come in turns would be thinned to one of them. The seed only makes a fit repeatable."""
-    return np.arange(n) if n <= count else np.sort(np.random.default_rng(0).permutation(n)[:count])
-
-
 def _stage(
     model: Model,
     engine: Engine,
@@ -87,7 +82,7 @@ def _stage(
     cells: int,
 ) -> torch.Tensor:
     """A better start, from a larger part of the cells; narrows `sd` to what it leaves open."""
-    some, limits = some_cells(model.data.n, cells), _limits(model, u, sd)
+    some, limits = model.data.some(cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
     mode = find_mode(thin, sharp, rule, start=_not_absent(model, u), gain=PILOT_GAIN)

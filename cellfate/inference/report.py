@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,19 +34,21 @@ def mode_values(model: Model, mode: Mode) -> dict[str, float]:
     return out
 
 
-def all_draws(model: Model, posterior: Hyperposterior, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Draws of hyperparameters, fixed effects and shares; `parts` are variance draws on the latent scale."""
+def all_draws(
+    posterior: Hyperposterior, terms: Sequence[str], parts: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Draws of hyperparameters, fixed effects `terms` and shares; `parts` are variance draws on the latent scale."""
     out = dict(_natural(name, value) for name, value in posterior.values.items())
-    out |= {f"beta[{term}]": posterior.beta[:, i] for i, term in enumerate(model.data.terms)}
+    out |= {f"beta[{term}]": posterior.beta[:, i] for i, term in enumerate(terms)}
     total = sum(parts.values())
     return out | {f"share_{name}": x / total for name, x in parts.items()}
 
 
-def fixed_effects(model: Model, posterior: Hyperposterior) -> dict[str, list]:
+def fixed_effects(posterior: Hyperposterior, terms: Sequence[str]) -> dict[str, list]:
     """Columns of a table of the fixed effects, a row per term."""
-    found = [summary(posterior.beta[:, i]) for i in range(len(model.data.terms))]
+    found = [summary(posterior.beta[:, i]) for i in range(len(terms))]
     columns = ("estimate", "sd", "lower", "upper")
-    return {"term": list(model.data.terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
+    return {"term": list(terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
 
 
 def diagnose(

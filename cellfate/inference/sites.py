@@ -172,9 +172,7 @@ class Variational(Rule):
         if likelihood.family.quadratic:  # the bound is exact
             return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
         rest = self._remainder(likelihood, posterior)
-        lambda_m, lambda_v = _adjoint(
-            posterior, rest.third, rest.fourth, rest.slope_mean, rest.slope_variance, accuracy
-        )
+        lambda_m, lambda_v = _adjoint(posterior, rest, accuracy)
         part = torch.zeros_like(posterior.mean)
         if likelihood.live:
             slope_weight = posterior.smooth(lambda_m[..., None])[..., 0]
@@ -258,25 +256,26 @@ def _through_prior(posterior: Posterior, x: Tensor) -> Tensor:
     return (columns - posterior.residual(posterior.prior_times(columns)))[..., 0]
 
 
-def _adjoint(
-    posterior: Posterior, third: Tensor, fourth: Tensor, c_m: Tensor, c_v: Tensor, accuracy: float
-) -> tuple[Tensor, Tensor]:
-    """How a function with derivatives c_m, c_v in (m, v) feels a change of the fixed point that (m, v) is.
+def _adjoint(posterior: Posterior, rest: Remainder, accuracy: float) -> tuple[Tensor, Tensor]:
+    """How the correction, with derivatives c_m, c_v in (m, v), feels a change of the fixed point that (m, v) is.
 
     At the fixed point m = K E f' and v = diag Sigma(-E f''). Differentiating both and transposing gives, with D3 = E f''' and
     D4 = E f'''' on the diagonal and S2 = Sigma o Sigma,
 
         l_m - D3 S2 l_v = c_m,    l_v - D3 Sigma l_m / 2 - D4 S2 l_v / 2 = c_v.
+
+    Where a cell has several fields, D3 and D4 are matrices of it, and E f'' has entries beside the diagonal.
     """
-    n = c_m.shape[-1]
+    n = rest.slope_mean.shape[-1]
 
     def apply(x: Tensor) -> Tensor:
         l_m, l_v = x[..., :n], x[..., n:]
         smoothed = posterior.smooth(l_m[..., None])[..., 0]
         squared = posterior.smooth_squared(l_v[..., None])[..., 0]
-        return torch.cat([l_m - third * squared, l_v - 0.5 * third * smoothed - 0.5 * fourth * squared], -1)
+        back_m, back_v = rest.pull(smoothed, squared)
+        return torch.cat([l_m - back_m, l_v - back_v], -1)
 
-    solution = gmres(apply, torch.cat([c_m, c_v], -1), rtol=accuracy)
+    solution = gmres(apply, torch.cat([rest.slope_mean, rest.slope_variance], -1), rtol=accuracy)
     return solution[..., :n], solution[..., n:]
 
 

@@ -108,6 +108,7 @@ class Kernel(ABC):
         str, ...
     ] = ()  # parameters of other components that shape this one too; among `values` by these names
     holds_variance = False  # whether the structure holds the component's variance, with its sd as `values["sd"]`
+    copies: int = 1  # independent copies of its cells that a fate of several fields has, one after the other
     unit: float = 1.0  # a standard deviation that makes cells differ by about 1: its prior and the search go by it
     n: int
 
@@ -126,6 +127,13 @@ class Kernel(ABC):
     @abstractmethod
     def at(self, cells: np.ndarray) -> Kernel:
         """The same kernel over some of the cells."""
+
+    def copied(self, count: int) -> Kernel:
+        """The same kernel over `count` independent copies of its cells, one after the other."""
+        raise NotImplementedError(
+            f"a {type(self).__name__} is not there yet for fates of several fields, such as family='categorical'. Leave it out, or "
+            "ask about one fate at a time with family='bernoulli'."
+        )
 
     @property
     def expected_variance(self) -> float:
@@ -160,9 +168,16 @@ class Term:
     normalized: bool
 
 
-def sample_variance(trace: Tensor, total: Tensor, n: int) -> Tensor:
-    """c(K) = tr(P K P) / (n - 1), the expected sample variance of a draw, from `tr K` and `1' K 1`."""
-    return (trace - total / n) / max(n - 1, 1)
+def sample_variance(trace: Tensor, total: Tensor, n: int, copies: int = 1) -> Tensor:
+    """c(K) = tr(P K P) / (n - 1), the expected sample variance of a draw, from `tr K` and `1' K 1`; of `copies`, of one."""
+    n //= copies
+    return (trace - total / n) / (copies * max(n - 1, 1))
+
+
+def with_copies(kernel: Kernel, count: int) -> Kernel:
+    """`kernel`, over cells that are `count` copies."""
+    kernel.__dict__["copies"] = count
+    return kernel
 
 
 def unit_scale(covariance: Tensor) -> Tensor:
@@ -205,7 +220,13 @@ class Given(Kernel):
     def expected_variance(self) -> float:
         if self.normalized:
             return 1.0
-        return float(sample_variance(self.matrix.diagonal().sum(), self.matrix.sum(), self.n))
+        return float(sample_variance(self.matrix.diagonal().sum(), self.matrix.sum(), self.n, self.copies))
+
+    def copied(self, count: int) -> Given:
+        eye = torch.eye(count, dtype=self.matrix.dtype, device=self.matrix.device)
+        other = Given(torch.kron(eye, self.matrix), self.normalized)
+        with_copies(other, count)
+        return other
 
     def at(self, cells: np.ndarray) -> Given:
         index = torch.as_tensor(cells)

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Basis, Diagonal, Hyperparameter, Kernel, Structure, sample_variance
+from cellfate.kernels.base import (
+    Basis,
+    Diagonal,
+    Hyperparameter,
+    Kernel,
+    Structure,
+    sample_variance,
+    tensor,
+    with_copies,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +49,10 @@ class Intercepts(Kernel):
     @property
     def expected_variance(self) -> float:
         total = float((np.bincount(self.codes).astype(float) ** 2).sum())
-        return (self.n - total / self.n) / max(self.n - 1, 1)
+        return float(sample_variance(tensor(self.n), tensor(total), self.n, self.copies))
+
+    def copied(self, count: int) -> Kernel:
+        return with_copies(Intercepts(tiled(self.codes, count)), count)
 
     def at(self, cells: np.ndarray) -> Intercepts:
         return Intercepts(np.unique(self.codes[cells], return_inverse=True)[1])
@@ -96,7 +108,10 @@ class Slopes(Kernel):
     @property
     def expected_variance(self) -> float:
         total = float((np.bincount(self.codes, self.covariate) ** 2).sum())
-        return (float((self.covariate**2).sum()) - total / self.n) / max(self.n - 1, 1)
+        return float(sample_variance(tensor((self.covariate**2).sum()), tensor(total), self.n, self.copies))
+
+    def copied(self, count: int) -> Kernel:
+        return with_copies(Slopes(tiled(self.codes, count), np.tile(self.covariate, count)), count)
 
     def at(self, cells: np.ndarray) -> Slopes:
         some = Slopes(np.unique(self.codes[cells], return_inverse=True)[1], self.covariate[cells])
@@ -153,7 +168,11 @@ class CorrelatedSlopes(Kernel):
         """What variances and covariance (2, 2) of 1 contribute among these cells."""
         columns = self._phi.reshape(self.n, 2, -1)
         trace, total = torch.einsum("nal,nbl->ab", columns, columns), columns.sum(0) @ columns.sum(0).mT
-        return sample_variance(trace, total, self.n).numpy()
+        return sample_variance(trace, total, self.n, self.copies).numpy()
+
+    def copied(self, count: int) -> Kernel:
+        other = CorrelatedSlopes(tiled(self.codes, count), np.tile(self.covariate, count), self.slope)
+        return with_copies(other, count)
 
     def contribution(self, sd: np.ndarray, values: dict[str, np.ndarray]) -> np.ndarray:
         of, slope = self._contributions, values["slope"]
@@ -182,6 +201,11 @@ def _for_each_level(entries: list[list[Tensor]], levels: int) -> Tensor:
     eye = torch.eye(levels, dtype=matrix.dtype, device=matrix.device)
     out = matrix[..., :, None, :, None] * eye[:, None, :]
     return out.reshape(*matrix.shape[:-2], 2 * levels, 2 * levels)
+
+
+def tiled(codes: np.ndarray, count: int) -> np.ndarray:
+    """Codes of `count` copies, of levels of their own."""
+    return np.concatenate([codes + copy * (int(codes.max()) + 1) for copy in range(count)])
 
 
 def one_hot(codes: np.ndarray) -> Tensor:

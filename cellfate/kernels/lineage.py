@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Dense, Hyperparameter, Kernel, mask_padding
+from cellfate.kernels.base import Dense, Hyperparameter, Kernel, mask_padding, with_copies
 from cellfate.trees.forest import Forest
 
 
@@ -106,6 +106,10 @@ class LineageKernel(Kernel):
     def at(self, cells: np.ndarray) -> LineageKernel:
         forest, leaf = self.forest.above(self.leaf[cells])  # some cells of many: most of the tree is not above any
         return replace(self, forest=forest, leaf=leaf)
+
+    def copied(self, count: int) -> Kernel:
+        leaf = np.concatenate([self.leaf + copy * self.forest.n_nodes for copy in range(count)])
+        return with_copies(replace(self, forest=self.forest.copies(count), leaf=leaf), count)
 
     def independent(self) -> np.ndarray:
         return self.forest.tree[self.leaf]
@@ -216,6 +220,11 @@ class Clone(LineageKernel):
 
     def structure(self, values: dict[str, Tensor], like: Tensor) -> TreeSteps:
         return TreeSteps(self._parent.to(like.device), None, torch.as_tensor(self._founder).to(like))
+
+    def copied(self, count: int) -> Kernel:
+        other = super().copied(count)
+        other.__dict__["_founder"] = np.tile(self._founder, count)  # of a single tree, which is one no longer
+        return other
 
     def independent(self) -> np.ndarray:
         return self._clone[self.leaf]

@@ -13,7 +13,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Dense, Hyperparameter, Kernel, Structure, mask_padding
+from cellfate.kernels.base import Dense, Hyperparameter, Kernel, Structure, mask_padding, with_copies
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class SpatialKernel(Kernel):
 
     def at(self, cells: np.ndarray) -> SpatialKernel:
         return type(self)(self.coordinates[cells], self._codes[cells], self.lengthscale)
+
+    def copied(self, count: int) -> Kernel:
+        codes = np.concatenate([self._codes + copy * (int(self._codes.max()) + 1) for copy in range(count)])
+        return with_copies(type(self)(np.tile(self.coordinates, (count, 1)), codes, self.lengthscale), count)
 
     def independent(self) -> np.ndarray:
         return self._codes

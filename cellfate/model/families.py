@@ -77,6 +77,10 @@ class Remainder:
     third: Tensor  # expectation of the third derivative of f
     fourth: Tensor  # and of the fourth
 
+    def pull(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents of the expected slope, less the site itself, and of minus the precision, back to mean and variance."""
+        return self.third * variance, 0.5 * (self.third * mean + self.fourth * variance)
+
 
 @lru_cache
 def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Basis, Component, Hyperparameter, Term
+from cellfate.kernels.base import Basis, Component, Hyperparameter, Term, with_copies
 from cellfate.model.families import Family, Outcome
 from cellfate.model.priors import Flat, HalfNormal, Lkj, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
 
@@ -29,6 +29,22 @@ class Data:
     design: Tensor
     terms: tuple[str, ...]
     offset: Tensor
+    copies: int = 1  # of the cells, one after the other: fields of a fate that has several
+
+    @property
+    def own_design(self) -> Tensor:
+        """Design of one copy."""
+        n, p = self.n // self.copies, self.design.shape[1] // self.copies
+        return self.design[:n, :p]
+
+    def some(self, count: int) -> np.ndarray:
+        """Places of some of the cells in every copy, at random: those that come in turns would be thinned to one of them.
+
+        The seed only makes a fit repeatable.
+        """
+        n = self.n // self.copies
+        cells = np.arange(n) if n <= count else np.sort(np.random.default_rng(0).permutation(n)[:count])
+        return np.concatenate([cells + copy * n for copy in range(self.copies)])
 
     @property
     def n(self) -> int:
@@ -37,7 +53,7 @@ class Data:
     def at(self, cells: np.ndarray) -> Data:
         """The same for some of the cells."""
         index = torch.as_tensor(cells, device=self.offset.device)
-        return Data(self.outcome.at(index), self.design[index], self.terms, self.offset[index])
+        return Data(self.outcome.at(index), self.design[index], self.terms, self.offset[index], self.copies)
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ class Model:
 
     def at(self, cells: np.ndarray) -> Model:
         """The same model of some of the cells, in the units and under the priors of all of them."""
-        components = [Component(c.name, c.kernel.at(cells)) for c in self.components]
+        components = [Component(c.name, with_copies(c.kernel.at(cells), c.kernel.copies)) for c in self.components]
         return self._in_units(replace(self, components=components, data=self.data.at(cells)))
 
     def within(self, limits: Mapping[str, tuple[float, float]]) -> Model:
@@ -114,7 +130,9 @@ class Model:
     @cached_property
     def beta_sd(self) -> Tensor:
         """Prior sd (p,) of the fixed effects, wide on the scale of the data."""
-        x = self.data.design
+        return self._beta_sd(self.data.own_design).repeat(self.data.copies)
+
+    def _beta_sd(self, x: Tensor) -> Tensor:
         spec = parse_prior("beta", self.priors["beta"]) if "beta" in self.priors else None
         if isinstance(spec, Normal):
             return torch.full_like(x[0], spec.sd)

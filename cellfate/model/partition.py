@@ -27,14 +27,16 @@ def summary(x: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> dict[str, np.ndarray]:
-    """Variance draws of each component on the latent scale."""
+    """Variance draws of each component on the latent scale, where there are copies of a copy."""
     out = {}
     for c in model.components:
         shape = {h.name: values[h.parameter(c.name)] for h in c.kernel.hyperparameters}
         out[c.name] = c.kernel.contribution(values[f"sd_{c.name}"], shape)
     if has_covariates(model):
-        covariance = np.atleast_2d(np.cov(model.data.design.cpu().numpy(), rowvar=False))
-        out[FIXED] = np.einsum("sp,pq,sq->s", beta, covariance, beta)
+        design, copies = model.data.own_design, model.data.copies
+        covariance = np.atleast_2d(np.cov(design.cpu().numpy(), rowvar=False))
+        of_copy = beta.reshape(len(beta), copies, -1)
+        out[FIXED] = np.einsum("scp,pq,scq->s", of_copy, covariance, of_copy) / copies
     if model.family.parameter == "variance_residual":
         out[RESIDUAL] = values["sd_residual"] ** 2
     return out
@@ -42,7 +44,7 @@ def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> 
 
 def has_covariates(model: Model) -> bool:
     """Whether the fixed part varies over the cells."""
-    design = model.data.design
+    design = model.data.own_design
     return bool(design.shape[1]) and bool((design.amax(0) > design.amin(0)).any())
 
 

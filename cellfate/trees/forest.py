@@ -94,6 +94,15 @@ class Forest:
     def __repr__(self) -> str:
         return f"Forest({self.n_trees} trees, {self.n_leaves} leaves, {self.n_nodes} nodes, height {self.height:g})"
 
+    def copies(self, count: int) -> Forest:
+        """The same trees `count` times, independent of each other."""
+        shift = np.repeat(np.arange(count) * self.n_nodes, self.n_nodes)
+        parent = np.tile(self.parent, count)
+        marks = [f"{copy}:" for copy in range(count)]
+        names = np.concatenate([np.array([f"{mark}{name}" for name in self.names], dtype=object) for mark in marks])
+        trees = tuple(f"{mark}{name}" for mark in marks for name in self.tree_names)
+        return Forest(np.where(parent < 0, -1, parent + shift), np.tile(self.branch_length, count), names, trees)
+
     @property
     def n_nodes(self) -> int:
         """Nodes of all trees, leaves included."""

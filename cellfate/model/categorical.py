@@ -1,0 +1,232 @@
+r"""Fates without an order: K of them, by softmax of K latent values that sum to zero.
+
+The values of a cell are :math:`\eta = H u` with K - 1 orthonormal contrasts u, each a field of its own with the same variances, so
+that no fate is a reference. Contrasts are stacked as copies of the cells: arrays over them are (..., (K - 1) n), contrast by
+contrast. The posterior is a product over the contrasts of a cell; what that leaves out of each cell, the couplings among its
+contrasts with it, is in the correction, an expectation over all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from scipy.stats import norm, qmc
+from torch import Tensor
+
+from cellfate.model.families import Expectation, Family, Outcome, Remainder, quadrature
+
+# posterior variance up to which so many nodes an axis are enough, of a product of Gauss-Hermite rules for so many contrasts
+NODES = ((0.5, {1: 28, 2: 10, 3: 7}), (3.0, {1: 40, 2: 14, 3: 9}), (math.inf, {1: 200, 2: 24, 3: 12}))
+POINTS = 256  # with more contrasts, quasi-random points, and as many mirrored
+NUMBERS = 2**18  # made at once: what is known at the nodes stays in the cache
+
+
+@lru_cache
+def contrasts(levels: int) -> np.ndarray:
+    """Orthonormal contrasts (K, K - 1) of K fates: each against those before it (Helmert's)."""
+    h = np.zeros((levels, levels - 1))
+    for j in range(levels - 1):
+        h[: j + 1, j], h[j + 1, j] = -1, j + 1
+    return h / np.linalg.norm(h, axis=0)
+
+
+@lru_cache
+def _rule(axes: int, per_axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points (q, axes) and weights (q,) for a standard normal; of first and second moments exact."""
+    if per_axis:
+        x, w = (t.numpy() for t in quadrature(torch.zeros((), dtype=torch.float64), per_axis))
+        grid = np.stack(np.meshgrid(*([x] * axes), indexing="ij"), -1).reshape(-1, axes)
+        weight = np.prod(np.stack(np.meshgrid(*([w] * axes), indexing="ij"), -1).reshape(-1, axes), -1)
+        return grid, weight
+    z = norm.ppf(qmc.Sobol(axes, seed=0).random(POINTS))
+    z = np.concatenate([z, -z])
+    z = z @ np.linalg.inv(np.linalg.cholesky(z.T @ z / len(z))).T
+    return z, np.full(len(z), 1 / len(z))
+
+
+@dataclass(frozen=True)
+class Coupled(Remainder):
+    """The same where a cell has several contrasts; third and fourth are (..., n, J, J) of f_iij and f_iijj, cross of f_ij."""
+
+    cross: Tensor  # (..., n, J, J), zero on the diagonal
+
+    def pull(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        axes = self.cross.shape[-1]
+        a, b = apart(mean, axes), apart(variance, axes)
+        x = torch.einsum("...ij,...i->...j", self.cross, a) + torch.einsum("...ij,...i->...j", self.third, b)
+        y = torch.einsum("...ji,...i->...j", self.third, a) + torch.einsum("...ij,...i->...j", self.fourth, b)
+        return stacked(x), stacked(y / 2)
+
+
+def apart(x: Tensor, axes: int) -> Tensor:  # (..., J n) -> (..., n, J)
+    """Contrasts of a cell beside each other."""
+    return x.unflatten(-1, (axes, -1)).mT
+
+
+def stacked(x: Tensor) -> Tensor:  # (..., n, J) -> (..., J n)
+    """Contrast by contrast, as engines take them."""
+    return x.mT.flatten(-2)
+
+
+class Categorical(Family):
+    """One of K fates, counts of them (multinomial), or their probabilities (soft labels).
+
+    Outcome: `y` ((K - 1) n,) are H' of the one-hot fate, counts or probabilities of each cell, `trials` their sum, `levels` K. A
+    log-density is shared out evenly over the contrasts of a cell; multinomial coefficients are left out of it.
+    """
+
+    name, links, kind = "categorical", ("softmax",), "fates"
+
+    @staticmethod
+    def outcome(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`y` and `trials` from weights (n, K)."""
+        levels = weights.shape[1]
+        return (weights @ contrasts(levels)).T.ravel(), np.tile(weights.sum(1), levels - 1)
+
+    def log_prob(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        y, t, h = self._data(outcome, eta)
+        u = apart(eta, h.shape[1])
+        value = (y * u).sum(-1) - t * torch.logsumexp(u @ h.mT, -1)
+        return self._shared_out(value, h.shape[1])
+
+    def derivatives(self, outcome: Outcome, eta: Tensor, phi: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, t, h = self._data(outcome, eta)
+        p = torch.softmax(apart(eta, h.shape[1]) @ h.mT, -1)
+        expected = p @ h
+        return stacked(y - t[..., None] * expected), stacked(-t[..., None] * (p @ h.square() - expected.square()))
+
+    def start(self, outcome: Outcome) -> Tensor:
+        assert outcome.trials is not None
+        return outcome.y / outcome.trials
+
+    def inverse_link(self, eta: Tensor) -> Tensor:
+        """Probabilities (..., n, K)."""
+        raise NotImplementedError("probabilities of fates come from `torch.softmax` of the K latent values of a cell.")
+
+    def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
+        """Fates (n,) for latent values eta (n, K)."""
+        return np.argmax(np.asarray(eta) + rng.gumbel(size=np.shape(eta)), axis=-1).astype(float)
+
+    def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
+        """Of a contrast of Gumbel variables, whose largest sum with the latent values is the fate."""
+        return torch.full_like(total, math.pi**2 / 6)
+
+    def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
+        def moments(at: _Nodes) -> tuple[Tensor, ...]:
+            return at.value, at.slope, at.precision
+
+        value, slope, precision = self._integrate_cells(moments, outcome, mean, variance)
+        return Expectation(self._shared_out(value, slope.shape[-1]), stacked(slope), stacked(precision))
+
+    def correction(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Tensor:
+        (value,) = self._integrate_cells(lambda at: (at.log_rest(),), outcome, mean, variance)
+        assert outcome.levels is not None
+        return self._shared_out(value, outcome.levels - 1)
+
+    def remainder(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Remainder:
+        def reduce(at: _Nodes) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
+                rest = _Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
+                in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v))
+            return rest.detach(), in_mean, in_variance, *at.higher()
+
+        value, in_mean, in_variance, third, fourth, cross = self._integrate_cells(reduce, outcome, mean, variance)
+        axes = in_mean.shape[-1]
+        return Coupled(self._shared_out(value, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
+
+    @staticmethod
+    def _data(outcome: Outcome, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Data (n, J) and their sum (n,) of each cell, and the contrasts (K, J)."""
+        assert outcome.levels is not None
+        assert outcome.trials is not None
+        axes = outcome.levels - 1
+        h = torch.as_tensor(contrasts(outcome.levels)).to(like)
+        return apart(outcome.y, axes), apart(outcome.trials, axes)[..., 0], h
+
+    @staticmethod
+    def _shared_out(value: Tensor, axes: int) -> Tensor:  # (..., n) -> (..., J n)
+        return (value / axes)[..., None, :].expand(*value.shape[:-1], axes, -1).flatten(-2)
+
+    def _integrate_cells(
+        self, reduce: Callable[[_Nodes], tuple[Tensor, ...]], outcome: Outcome, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `reduce` makes of the nodes of some cells, for all of them: (..., n, what it gives of a cell)."""
+        y, t, h = self._data(outcome, mean)
+        axes = h.shape[1]
+        m, v = apart(mean, axes), apart(variance.expand_as(mean), axes)
+        shape = m.shape[:-1]
+        flat = [
+            x.expand(*shape, *x.shape[x.ndim - k :]).reshape(-1, *x.shape[x.ndim - k :])
+            for x, k in ((y, 1), (t, 0), (m, 1), (v, 1))
+        ]
+        order = torch.bucketize(flat[3].detach().amax(-1), m.new_tensor([upper for upper, _ in NODES]))
+        cells, parts = [], []
+        for which, (_, nodes) in enumerate(NODES):
+            per_axis = nodes.get(axes, 0)
+            size = max(1, NUMBERS // (len(_rule(axes, per_axis)[1]) * len(h)))
+            last = which == len(NODES) - 1  # what is not a number is there too
+            for i in torch.nonzero((order == which) | (last & (order > which)))[:, 0].split(size):
+                of_y, of_t, of_m, of_v = (x[i] for x in flat)
+                parts.append(reduce(_Nodes(of_y, of_t, of_m, of_v, h, per_axis)))
+                cells.append(i)
+        back = torch.argsort(torch.cat(cells))
+        return tuple(torch.cat(of)[back].reshape(*shape, *of[0].shape[1:]) for of in zip(*parts, strict=True))
+
+
+class _Nodes:
+    """What is known at the nodes of some cells under N(mean, variance), each (c, J)."""
+
+    def __init__(self, y: Tensor, t: Tensor, mean: Tensor, variance: Tensor, h: Tensor, per_axis: int) -> None:
+        self.y, self.t, self.mean, self.variance, self.h, self.per_axis = y, t, mean, variance, h, per_axis
+        z, w = _rule(h.shape[1], per_axis)
+        self.z, self.w = torch.as_tensor(z).to(h), torch.as_tensor(w).to(h)
+        self.sd = variance.clamp(min=1e-14).sqrt()
+        logits = (mean @ h.mT)[:, None] + (self.sd[:, None] * self.z) @ h.mT  # (c, q, K)
+        self.lse = torch.logsumexp(logits, -1)
+        self.p = torch.exp(logits - self.lse[..., None])
+        self.expected = self.p @ h  # (c, q, J)
+
+    def average(self, x: Tensor) -> Tensor:  # (c, q, k) -> (c, k)
+        """Expectation of what is known at the nodes."""
+        return (x.mT @ self.w[:, None])[..., 0]
+
+    @cached_property
+    def mean_p(self) -> Tensor:
+        return self.average(self.p)
+
+    @property
+    def value(self) -> Tensor:
+        return (self.y * self.mean).sum(-1) - self.t * (self.lse @ self.w)
+
+    @property
+    def slope(self) -> Tensor:
+        return self.y - self.t[:, None] * (self.mean_p @ self.h)
+
+    @property
+    def precision(self) -> Tensor:
+        return self.t[:, None] * (self.mean_p @ self.h.square() - self.average(self.expected.square()))
+
+    def log_rest(self) -> Tensor:
+        """Log E exp r (c,), r what f is less its projection on quadratics without products."""
+        # what is linear in the contrasts is in the projection: r is that of the normalizer alone
+        slope = (self.mean_p @ self.h) * self.sd
+        bend = -self.precision / self.t[:, None] * self.sd.square() / 2
+        rest = self.lse - (self.lse @ self.w)[:, None] - slope @ self.z.mT + bend @ (self.z.square() - 1).mT
+        return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
+
+    def higher(self) -> tuple[Tensor, Tensor, Tensor]:
+        """E f_iij and E f_iijj by Stein's identity, and E f_ij off the diagonal, each (c, J, J)."""
+        sd, t = self.sd.clamp(min=1e-4), self.t[:, None, None]
+        bend = -t * (self.p @ self.h.square() - self.expected.square()) * self.w[:, None]
+        third = (bend.mT @ self.z) / sd[:, None]
+        fourth = (bend.mT @ (self.z.square() - 1)) / sd[:, None].square()
+        both = self.h[:, :, None] * self.h[:, None, :]
+        product = (self.expected * self.w[:, None]).mT @ self.expected
+        cross = -t * (torch.tensordot(self.mean_p, both, dims=1) - product)
+        return third, fourth, cross - torch.diag_embed(cross.diagonal(dim1=-2, dim2=-1))
