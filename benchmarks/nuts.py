@@ -5,6 +5,7 @@ prior is sd ~ half-normal(2), beta ~ N(0, 5^2), the kernels' own hyperparameters
 frozen reference for components that are absent:
 
     python benchmarks/nuts.py tests/reference/absent.json
+    python benchmarks/nuts.py tests/reference/fates.json --fates
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from numpyro.infer import MCMC, NUTS, init_to_value
 import cellfate as cf
 from cellfate.trees.convert import to_forest
 
+GAPS = 2  # between the cut points of an ordinal fate
 QUANTILES = (2.5, 25.0, 50.0, 75.0, 97.5)
 SD_SCALE, BETA_SD = 2.0, 5.0
 
@@ -101,9 +103,23 @@ def glmm(
         likelihood = dist.BinomialLogits(eta, total_count=trials)
     elif family == "poisson":
         likelihood = dist.Poisson(jnp.exp(eta))
+    elif family == "ordinal":
+        gaps = numpyro.sample("gaps", dist.LogNormal(0.0, 1.0).expand([GAPS]).to_event(1))
+        likelihood = dist.OrderedLogistic(eta, jnp.concatenate([jnp.zeros(1), jnp.cumsum(gaps)]))
     else:
         raise NotImplementedError(f"{family} with link {link} is not written here; use bernoulli, binomial or poisson.")
     numpyro.sample("y", likelihood, obs=y)
+
+
+def several(y: jax.Array, factors: Mapping[str, jax.Array], fates: int) -> None:
+    """A fate out of several: orthonormal contrasts, each with an intercept and effects of its own and the same variances."""
+    h = np.linalg.svd(np.eye(fates) - 1 / fates)[0][:, : fates - 1]
+    u = numpyro.sample("beta", dist.Normal(0.0, BETA_SD).expand([fates - 1]).to_event(1))[None]
+    for name, lower in factors.items():
+        sd = numpyro.sample(f"sd_{name}", dist.HalfNormal(SD_SCALE))
+        z = numpyro.sample(f"z_{name}", dist.Normal().expand([lower.shape[0], fates - 1]).to_event(2))
+        u = u + sd * (lower @ z)
+    numpyro.sample("y", dist.CategoricalLogits(u @ h.T), obs=y)
 
 
 def sample(
@@ -120,12 +136,21 @@ def sample(
     trials = jnp.asarray(adata.obs["trials"].to_numpy()) if "trials" in adata.obs else None
     arguments = (jnp.asarray(adata.obs["fate"].to_numpy()), jnp.asarray(np.column_stack(columns)), factors)
     start = {"sd_lineage": 0.5, "sd_spatial": 0.5, "beta": np.zeros(len(columns))}
-    kernel = NUTS(glmm, target_accept_prob=accept, init_strategy=init_to_value(values=start))
+    fates = truth.get("n_fates")
+    if fates is not None:
+        start["beta"] = np.zeros(fates - 1)
+        arguments = (arguments[0], factors, int(fates))
+    if truth["family"] == "ordinal":
+        start["gaps"] = np.ones(GAPS)
+    kernel = NUTS(
+        glmm if fates is None else several, target_accept_prob=accept, init_strategy=init_to_value(values=start)
+    )
     mcmc = MCMC(
         kernel, num_warmup=warmup, num_samples=draws, num_chains=chains, chain_method="vectorized", progress_bar=False
     )
     began = time.perf_counter()
-    mcmc.run(jax.random.PRNGKey(seed), *arguments, truth["family"], truth["link"], trials, extra_fields=("num_steps",))
+    rest = (truth["family"], truth["link"], trials) if fates is None else ()
+    mcmc.run(jax.random.PRNGKey(seed), *arguments, *rest, extra_fields=("num_steps",))
     found = {k: np.asarray(v) for k, v in mcmc.get_samples(group_by_chain=True).items() if not k.startswith("z_")}
     extra = mcmc.get_extra_fields()
     return {
@@ -186,6 +211,12 @@ def call(family: str, absent: str, n: int, seed: int) -> dict[str, Any]:
     return {"n": n, "family": family, **variances, "lengthscale": 0.5, "intercept": intercept, "rng": seed}
 
 
+# Fates of other kinds, with both components there.
+COMMON = {"n": 300, "variance_lineage": 1.5, "variance_spatial": 1.0, "lengthscale": 0.5}
+FATES = {
+    "ordinal": {"family": "ordinal", **COMMON, "intercept": 1.0, "rng": 1},
+    "categorical": {"family": "categorical", **COMMON, "rng": 2},
+}
 # Seeds at which the posterior of the absent standard deviation is highest at zero, as short chains over seeds (`--scan`) found.
 CASES = {
     "bernoulli without spatial": call("bernoulli", "spatial", 250, 0),
@@ -202,21 +233,24 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2_000)
     parser.add_argument("--chains", type=int, default=2)
     parser.add_argument("--scan", nargs=3, metavar=("FAMILY", "ABSENT", "N"), help="try four seeds with short chains")
+    parser.add_argument(
+        "--fates", action="store_true", help="ordinal and categorical fates in place of absent components"
+    )
     options = parser.parse_args()
     if options.scan:
         family, absent, n = options.scan
         scan(family, absent, int(n), range(4))
         return
     cases = {}
-    for name, arguments in CASES.items():
+    for name, arguments in (FATES if options.fates else CASES).items():
         adata = cf.datasets.simulate(**arguments)
         result = sample(adata, draws=options.draws, warmup=options.warmup, chains=options.chains)
-        absent = "lineage" if arguments["variance_lineage"] == 0 else "spatial"
+        absent = [part for part in ("lineage", "spatial") if arguments[f"variance_{part}"] == 0]
         cases[name] = {
             "simulate": arguments,
             "checksum": checksum(adata),
-            "absent": absent,
-            "piles_up": piles_up(result["draws"][f"sd_{absent}"].ravel()),
+            **{"absent": part for part in absent},
+            **{"piles_up": piles_up(result["draws"][f"sd_{part}"].ravel()) for part in absent},
             **summarize(result),
             "divergences": result["divergences"],
             "mean_steps": result["mean_steps"],

@@ -20,7 +20,7 @@ class Cells:
     """
 
     names: np.ndarray  # (n,) str as objects
-    response: np.ndarray  # (n,) float64; 0/1 for bernoulli, successes for binomial
+    response: np.ndarray  # (n,) float64; 0/1 for bernoulli, successes for binomial; (n, K) where fates are weights
     response_name: str
     design: np.ndarray  # (n, p) float64, columns called `terms`
     terms: tuple[str, ...]

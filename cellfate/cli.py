@@ -113,7 +113,11 @@ def _add_decompose(commands: Any) -> None:
         default=ABSENT,
         help="columns of .obs, or genes, each a response of its own; by default all genes that --min-cells lets pass",
     )
-    command.add_argument("--family", required=True, help="gaussian, bernoulli, binomial, poisson or negative_binomial")
+    command.add_argument(
+        "--family",
+        required=True,
+        help="gaussian, bernoulli, binomial, poisson, negative_binomial, ordinal, beta or categorical",
+    )
     texts = {
         "layer": "layer of the genes, in place of .X",
         "link": "link function of the family",

@@ -133,7 +133,7 @@ WRONG = {
     "tree of others": (START + " --tree {}/other.nwk --out {}/out.h5ad", "cell"),
     "missing": (START + " --tree {}/tree.nwk --missing ignore --out {}/out.h5ad", "missing is 'ignore'"),
     "no fate": ("decompose {}/in.h5ad --fate no --family bernoulli --tree {}/tree.nwk --out {}/out.h5ad", "'no'"),
-    "not yet": ("decompose {}/in.h5ad --fate fate --family ordinal --tree {}/tree.nwk --out {}/out.h5ad", "ordinal"),
+    "no such family": ("decompose {}/in.h5ad --fate fate --family binary --tree {}/tree.nwk --out {}/out.h5ad", "unknown family 'binary'"),
     "prior in words": (START + " --tree {}/tree.nwk --priors sd_lineage=half_normal:two --out {}/out.h5ad", "not all numbers"),
     "prior of nothing": (START + " --tree {}/tree.nwk --priors flat --out {}/out.h5ad", "write NAME=PRIOR"),
     "unknown prior": (START + " --tree {}/tree.nwk --priors sd_lineage=cauchy:1 --out {}/out.h5ad", "cauchy"),

@@ -52,6 +52,7 @@ def simulate(
     variance_residual: float = 0.5,
     precision: float = 10.0,
     cut_points: Sequence[float] = (0.0, 1.0, 2.0),
+    n_fates: int = 3,
     death: float = 0.2,
     groups: Mapping[str, tuple[int, float]] | None = None,
     rng: SeedLike | None = None,
@@ -94,6 +95,8 @@ def simulate(
         Fixed effects: covariates by name with their slopes, each a standard normal column of `obs`.
     trials, dispersion, variance_residual, precision, cut_points
         Of the binomial, the negative binomial, the gaussian, the beta and the ordinal family. Cut points rise from 0.
+    n_fates
+        Of the categorical family: each fate has effects of its own with these variances, less their mean over the fates.
     death
         Death rate over birth rate, 0 up to 1.
     groups
@@ -118,6 +121,13 @@ def simulate(
     _need(0 <= inheritance <= 1, "inheritance", inheritance, "between 0 and 1")
     _need(0 <= death < 1, "death", death, "at least 0 and below 1, death rate over birth rate")
     _need(0 < lengthscale < np.inf, "lengthscale", lengthscale, "positive and finite")
+    _need(n_fates >= 2, "n_fates", n_fates, "2 or more")
+    _need(
+        family != "categorical" or not coefficients,
+        "coefficients",
+        coefficients,
+        "none with family='categorical'",
+    )
     _need(0 < precision < np.inf, "precision", precision, "positive and finite")
     rising = len(cut_points) > 0 and cut_points[0] == 0 and bool((np.diff(cut_points) > 0).all())
     _need(rising, "cut_points", list(cut_points), "numbers that rise from 0, such as (0, 1, 2)")
@@ -138,15 +148,13 @@ def simulate(
     forest, leaf = _plant(grown, names, [f"specimen{i}" for i in range(n_specimens)])
     xyz = np.concatenate([one.positions for one in grown])
 
-    lineage, scale_lineage = _lineage_field(forest, leaf, lineage_kernel, hyper, rng)
-    spatial, scale_spatial = _spatial_field(xyz, specimen, spatial_kernel, lengthscale, rng)
-    effects = pd.DataFrame(
-        {
-            "lineage": np.sqrt(variance_lineage / scale_lineage) * lineage,
-            "spatial": np.sqrt(variance_spatial / scale_spatial) * spatial,
-        },
-        index=names,
-    )
+    marks = [f"[{fate}]" for fate in range(n_fates)] if family == "categorical" else [""]
+    effects = pd.DataFrame(index=names)
+    for mark in marks:
+        lineage, scale_lineage = _lineage_field(forest, leaf, lineage_kernel, hyper, rng)
+        spatial, scale_spatial = _spatial_field(xyz, specimen, spatial_kernel, lengthscale, rng)
+        effects[f"lineage{mark}"] = np.sqrt(variance_lineage / scale_lineage) * lineage
+        effects[f"spatial{mark}"] = np.sqrt(variance_spatial / scale_spatial) * spatial
     obs = pd.DataFrame(index=names)
     if n_specimens > 1:
         obs["specimen"] = pd.Categorical.from_codes(specimen, [f"specimen{i}" for i in range(n_specimens)])
@@ -157,8 +165,15 @@ def simulate(
     for name, (levels, variance) in groups.items():
         codes = rng.integers(levels, size=n)
         obs[name] = pd.Categorical.from_codes(codes, [f"{name}{i}" for i in range(levels)])
-        effects[name] = np.sqrt(variance) * rng.standard_normal(levels)[codes]
-    eta += effects.sum(axis=1).to_numpy()
+        for mark in marks:
+            effects[f"{name}{mark}"] = np.sqrt(variance) * rng.standard_normal(levels)[codes]
+    if family == "categorical":
+        for name in ("lineage", "spatial", *groups):
+            of_name = [f"{name}{mark}" for mark in marks]
+            effects[of_name] -= effects[of_name].mean(axis=1).to_numpy()[:, None]
+        eta = np.column_stack([effects[[c for c in effects if c.endswith(mark)]].sum(axis=1) for mark in marks])
+    else:
+        eta += effects.sum(axis=1).to_numpy()
     gaps = np.diff(np.asarray(cut_points, dtype=float))
     own = {"dispersion": dispersion, "precision": precision, "gaps": gaps}
     fate = outcome.simulate(eta, rng=rng, trials=tries, variance_residual=variance_residual, **own)
@@ -192,6 +207,8 @@ def simulate(
         truth["dispersion"] = float(dispersion)
     if family == "beta":
         truth["precision"] = float(precision)
+    if family == "categorical":
+        truth["n_fates"] = int(n_fates)
     if family == "ordinal":
         truth["cut_points"] = np.array(cut_points, dtype=float)
     adata.uns["truth"] = truth

@@ -25,7 +25,7 @@ MOST_LEVELS = 30  # of an ordered fate
 class Response:
     """One fate as numbers."""
 
-    y: np.ndarray  # (n,) float64
+    y: np.ndarray  # (n,) float64, or (n, K) of counts or probabilities
     trials: np.ndarray | None  # (n,) float64, successes only
     levels: tuple[str, ...] | None  # binary and ordered: what 0, 1, ... stand for
 
@@ -69,6 +69,8 @@ def read_response(
     adata: AnnData, fate: Any, *, kind: str, trials: Any, kept: np.ndarray, layer: str | None = None
 ) -> Response:
     """The fate of the kept cells, as a family of this kind takes it."""
+    if kind == "fates" and isinstance(fate, str) and fate in adata.obsm:
+        return _weights(adata, fate, kept)
     column_, label = find_fate(adata, fate, layer)
     values, names = column_[kept], adata.obs_names[kept].to_numpy()
     remedy = f"Leave those cells out: `adata[adata.obs[{fate!r}].notna()]`." if fate in adata.obs else "Leave them out."
@@ -80,9 +82,9 @@ def read_response(
     if kind == "binary":
         check_present(values, label, remedy)
         return _binary(values, label)
-    if kind == "levels":
+    if kind in ("levels", "fates"):
         check_present(values, label, remedy)
-        return _ordered(values, label)
+        return _ordered(values, label) if kind == "levels" else _unordered(values, label)
     response = numbers(values, label, _not_numbers(values, kind))
     check_finite(response, names, label, remedy)
     if kind not in ("real", "successes", "count", "proportion"):
@@ -124,6 +126,36 @@ def _binary(values: pd.Series, label: str) -> Response:
         )
     check_both_sides(codes, values.index.to_numpy(), label, levels, [repr(level) for level in levels])
     return Response(codes.astype(np.float64), None, (levels[0], levels[1]))
+
+
+def _unordered(values: pd.Series, label: str) -> Response:
+    """Fates in the order of a categorical, or of their names."""
+    if pd.api.types.is_float_dtype(values.dtype):
+        check_finite(values.to_numpy(np.float64), values.index.to_numpy(), label, "Leave those cells out.")
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.cat.remove_unused_categories()
+    codes, levels = factorize(values, label)
+    if len(levels) > MOST_LEVELS:
+        raise DataError(
+            f"{label} has {len(levels)} fates, wanted up to {MOST_LEVELS}: {examples(levels)}. Merge rare ones, or choose another "
+            "column; for measurements use family='gaussian'."
+        )
+    check_levels(codes, values.index.to_numpy(), label, levels)
+    return Response(codes.astype(np.float64), None, tuple(levels))
+
+
+def _weights(adata: AnnData, fate: str, kept: np.ndarray) -> Response:
+    """Counts or probabilities of fates, a column each; they are checked where they are fitted."""
+    value = adata.obsm[fate]
+    names = [str(name) for name in value.columns] if isinstance(value, pd.DataFrame) else None
+    matrix = value.toarray() if hasattr(value, "toarray") else np.asarray(value)
+    if matrix.ndim != 2 or matrix.shape[1] < 2 or not np.issubdtype(matrix.dtype, np.number):
+        raise DataError(
+            f"fate obsm[{fate!r}] has shape {matrix.shape} of {matrix.dtype}, wanted numbers, a column for each of two or more fates."
+        )
+    y = matrix[kept].astype(np.float64)
+    check_finite(y, adata.obs_names[kept].to_numpy(), f"fate obsm[{fate!r}]", "Leave those cells out.")
+    return Response(y, None, tuple(names or map(str, range(y.shape[1]))))
 
 
 def _ordered(values: pd.Series, label: str) -> Response:

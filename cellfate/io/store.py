@@ -176,7 +176,7 @@ def _without_slashes(fit: GLMMFit) -> GLMMFit:
         fixed_effects=fit.fixed_effects | {"term": [names[name] for name in fit.fixed_effects["term"]]},
         draws={key(name): x for name, x in fit.draws.items()},
         mode={key(name): x for name, x in fit.mode.items()},
-        effects={names[name]: x for name, x in fit.effects.items()},
+        effects={names.get(name, key(name)): x for name, x in fit.effects.items()},
     )
 
 

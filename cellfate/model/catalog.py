@@ -17,13 +17,8 @@ def concrete(base: type[Family] = Family) -> list[type[Family]]:
     return found
 
 
-NOT_YET: dict[str, str] = {}
-
-
 def get_family(name: str, link: str | None = None) -> Family:
     """The family called `name`, with its default link unless `link` is given."""
-    if name in NOT_YET:
-        raise NotImplementedError(f"family {name!r} is not there yet; meanwhile {NOT_YET[name]}.")
     known = {family.name: family for family in concrete()}
     if name not in known:
         raise DataError(f"unknown family {name!r}; choose from {', '.join(sorted(known))}.")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cellfate.errors import CellfateWarning, DataError, unknown
-from cellfate.model.catalog import NOT_YET, concrete, get_family
+from cellfate.model.catalog import concrete, get_family
 from cellfate.model.families import Family
 from cellfate.model.glmm import FIXED, RESIDUAL
 from cellfate.model.partition import DISTRIBUTION, SHARED
@@ -30,9 +30,9 @@ def find_family(name: str, link: str | None = None) -> Family:
     if not isinstance(name, str):
         raise DataError(f"family is of type {type(name).__name__}, wanted a name such as 'bernoulli'.")
     families = {family.name: family for family in concrete()}
-    if name not in families and name not in NOT_YET:
+    if name not in families:
         raise unknown("family", name, sorted(families))
-    if link is not None and name in families and link not in families[name].links:
+    if link is not None and link not in families[name].links:
         raise unknown(f"link of family {name!r}", link, families[name].links)
     return get_family(name, link)
 

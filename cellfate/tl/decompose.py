@@ -91,7 +91,11 @@ def decompose(
         Where genes are read, in place of `adata.X`. Of many genes only a chunk is dense at a time; `X` may be on disk.
     family, link
         ``"gaussian"``; ``"bernoulli"`` or ``"binomial"`` (``"logit"``, ``"probit"``, ``"cloglog"``); ``"poisson"`` or
-        ``"negative_binomial"`` (``"log"``; variance mu + dispersion mu^2).
+        ``"negative_binomial"`` (``"log"``; variance mu + dispersion mu^2); ``"ordinal"``, stages in their order (``"logit"``,
+        ``"probit"``; the first cut point is 0, `gap_1`, ... are estimated); ``"beta"``, probabilities (``"logit"``; variance
+        mu (1 - mu) / (1 + precision)); ``"categorical"``, one of K fates (``"softmax"``), or a key of `adata.obsm` with a column
+        for each of counts or probabilities: every fate has effects of its own that sum to zero over fates, with one variance per
+        component, and effects are columns such as `lineage[ICM]_mean`.
     formula
         Fixed effects from `adata.obs`, such as ``"~ 1 + stage"``.
     lineage
@@ -139,7 +143,7 @@ def decompose(
         Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
     priors
         By name: `sd_lineage`, `sd_spatial`, `sd_niche`, `sd_<group>`, `sd_<group>:<column>`, `sd_lineage:spatial`, `sd_olre`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
-        `lambda_lineage`, `rate_lineage`, `dispersion`, `correlation_<group>`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
+        `lambda_lineage`, `rate_lineage`, `dispersion`, `precision`, `gap_<k>`, `correlation_<group>`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
         ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("lkj", eta)``
         (`correlation_<group>`; eta = 1, uniform, by default), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
         standard deviation on link scale (times the response's own for gaussian), for slopes per root mean square of the covariate.
@@ -253,7 +257,14 @@ def decompose(
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
         fit = glmm.fit(
-            cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=fate, rng=rng
+            cells.response,
+            cells.design,
+            cells.offset,
+            trials=cells.trials,
+            terms=cells.terms,
+            levels=cells.levels,
+            response=fate,
+            rng=rng,
         )
         fit = _with_truncation(fit, components)
         adata = adata.copy() if copy else adata

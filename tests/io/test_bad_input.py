@@ -432,16 +432,6 @@ def test_wrong_tree_is_named(change, tree, arguments, pieces):
         check_text(complaint(lambda: set_tree(adata, tree, **arguments)), pieces)
 
 
-@pytest.mark.parametrize(("arguments", "text"), [
-    ({"family": "categorical"}, "one fate against the rest"),
-    ({"family": "ordinal"}, "not there yet"),
-    ({"family": "beta"}, "logit"),
-], ids=str)  # fmt: skip
-def test_what_is_not_there_yet_says_what_to_do_instead(arguments, text):
-    with pytest.raises(NotImplementedError, match=text):
-        read_cells(embryo(), **{"fate": "fate", "family": "bernoulli"} | arguments)
-
-
 @pytest.mark.parametrize("door", [*DOORS, lambda adata, **_: set_tree(adata, one_tree())])
 def test_only_anndata_has_cells(door):
     check_text(
