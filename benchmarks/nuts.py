@@ -245,12 +245,15 @@ def main() -> None:
     for name, arguments in (FATES if options.fates else CASES).items():
         adata = cf.datasets.simulate(**arguments)
         result = sample(adata, draws=options.draws, warmup=options.warmup, chains=options.chains)
-        absent = [part for part in ("lineage", "spatial") if arguments[f"variance_{part}"] == 0]
+        absent = next((part for part in ("lineage", "spatial") if arguments[f"variance_{part}"] == 0), None)
         cases[name] = {
             "simulate": arguments,
             "checksum": checksum(adata),
-            **{"absent": part for part in absent},
-            **{"piles_up": piles_up(result["draws"][f"sd_{part}"].ravel()) for part in absent},
+            **(
+                {}
+                if absent is None
+                else {"absent": absent, "piles_up": piles_up(result["draws"][f"sd_{absent}"].ravel())}
+            ),
             **summarize(result),
             "divergences": result["divergences"],
             "mean_steps": result["mean_steps"],

@@ -29,10 +29,13 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_the_quick_start_runs_and_gives_what_it_says():
-    (code,), (text,) = blocks("python"), blocks("text")
+    (code, more), (text,) = blocks("python"), blocks("text")
     names = {}
     exec(code, names)
     adata = names["adata"]
+    exec(more, names)
+    assert (cf.get.responses(names["genes"])["status"].str.startswith("failed")).sum() == 0
+    assert len(names["genes"].varm["cellfate_shares"]) == 3
     verdict, *tables = text.strip().split("\n\n")
     assert verdict == cf.get.diagnostics(adata)["verdict"]
     getters = (cf.get.components, cf.get.fixed_effects, cf.get.hyperparameters)

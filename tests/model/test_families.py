@@ -434,7 +434,9 @@ def test_families_are_found_by_name():
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    with pytest.raises(DataError, match=r"unknown family 'normal'; choose from bernoulli, beta, binomial, gaussian, "):
+    with pytest.raises(
+        DataError, match=r"unknown family 'normal'; choose from bernoulli, beta, binomial, categorical, gaussian, "
+    ):
         get_family("normal")
     with pytest.raises(DataError, match=r"family 'poisson' has no link 'logit'; choose from log\."):
         get_family("poisson", "logit")

@@ -107,7 +107,7 @@ def test_wrong_fates_are_named(fate, family, text):
 
 
 def test_probabilities_end_to_end():
-    adata = cf.datasets.simulate(150, family="beta", precision=20.0, variance_spatial=0.0, rng=3)
+    adata = cf.datasets.simulate(150, family="beta", precision=20.0, variance_spatial=0.0, rng=4)
     cf.tl.decompose(adata, "fate", family="beta", lengthscale=0.5, rng=0)
     table = cf.get.hyperparameters(adata).set_index("term")
     assert table.loc["precision", "lower"] < 20 < table.loc["precision", "upper"]
