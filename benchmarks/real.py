@@ -29,6 +29,17 @@ RUNS: dict[str, tuple[str, str, dict]] = {
         {"family": "binomial", "trials": 10, "library_key": "sample"},
     ),
     "hemibrain_log2_post_pre": ("fly_hemibrain_hemilineages", "log2_post_pre", {"family": "gaussian"}),
+    "ascidian_tissue": ("ascidian_embryos", "tissue", {"family": "categorical", "library_key": "sample"}),
+    "celegans_tissue": (
+        "celegans_reporter_embryos",
+        "predicted_tissue",
+        {"family": "categorical", "library_key": "sample"},
+    ),
+    "blastocysts_fate": (
+        "mouse_blastocysts",
+        "fate",
+        {"family": "categorical", "lineage": None, "library_key": "sample", "groups": ["sample", "litter"]},
+    ),
     "kp_tracer_is_metastasis": ("kp_tracer_large_tree", "is_metastasis", {"family": "bernoulli", "spatial": None}),
 } | {
     f"blastocysts_{stage}_is_EPI": (

@@ -3,6 +3,7 @@
 from cellfate.get.tables import (
     ancestors,
     components,
+    correlations,
     diagnostics,
     draws,
     effects,
@@ -15,6 +16,7 @@ from cellfate.get.tables import (
 __all__ = [
     "ancestors",
     "components",
+    "correlations",
     "diagnostics",
     "draws",
     "effects",

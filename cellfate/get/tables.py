@@ -202,6 +202,27 @@ def responses(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return pd.DataFrame([row | {f"mode_{name}": value for name, value in results[_keys.MODE].items()} | found])
 
 
+def correlations(adata: AnnData, key: str = _keys.CORRELATIONS) -> pd.DataFrame:
+    """Correlations of every two fates, a row per pair and component.
+
+    Needs :func:`cellfate.tl.correlate`. For a matrix: `.pivot_table(index="response", columns="other", values="correlation")` of
+    the rows of one component.
+
+    Returns
+    -------
+    Columns `response`, `other`, `component` (``"lineage"``, ``"spatial"``, and ``"residual"`` of gaussian fates), `correlation` and
+    its standard error `se`; NaN where one of the two has none of that component.
+    """
+    if key not in adata.uns or "correlation" not in adata.uns[key]:
+        raise DataError(
+            f"there are no correlations in adata.uns[{key!r}]. Run `cf.tl.correlate(adata, fates, ...)` first."
+        )
+    table = pd.DataFrame(adata.uns[key]).copy()
+    for column in ("response", "other", "component"):
+        table[column] = table[column].astype(object)
+    return table
+
+
 def _single(adata: AnnData, key: str, what: str) -> None:
     """Refuse what there is only of one response."""
     if _keys.RESPONSES in _results(adata, key):

@@ -43,8 +43,10 @@ class Fates:
         """The fates at these places as a family takes them, each (n,); in place of one that it cannot take, the reason."""
         places = range(*part.indices(len(self.names)))
         genes = [int(self.genes[i]) for i in places if self.genes[i] >= 0]
-        values = columns_of_matrix(matrix_of(self.adata, self.layer), np.array(genes, dtype=np.int64), self.kept)
-        column = dict(zip(genes, values.T, strict=True))
+        column: dict[int, np.ndarray] = {}
+        if genes:  # there may be no matrix at all
+            values = columns_of_matrix(matrix_of(self.adata, self.layer), np.array(genes, dtype=np.int64), self.kept)
+            column = dict(zip(genes, values.T, strict=True))
         return [self._checked(self.names[i], column.get(int(self.genes[i]))) for i in places]
 
     def _checked(self, name: str, values: np.ndarray | None) -> np.ndarray | DataError:

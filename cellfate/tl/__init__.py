@@ -1,6 +1,7 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
+from cellfate.tl.correlate import correlate
 from cellfate.tl.decompose import decompose
 from cellfate.tl.predict import predict
 
-__all__ = ["decompose", "predict"]
+__all__ = ["correlate", "decompose", "predict"]

@@ -145,6 +145,13 @@ def test_columns_of_obs_and_genes_together(embryo):
     assert "cellfate_shares" not in found.varm
 
 
+def test_columns_of_obs_need_no_matrix():
+    adata = cf.datasets.simulate(N, family="poisson", rng=4)
+    adata.obs["twice"] = 2 * adata.obs["fate"]
+    cf.tl.decompose(adata, ["fate", "twice"], family="poisson", lengthscale=0.7, rng=3)
+    assert list(cf.get.responses(adata)["response"]) == ["fate", "twice"]
+
+
 def test_a_new_fit_takes_the_place_of_all_that_an_earlier_one_wrote(embryo, fitted):
     again = cf.tl.decompose(fitted, "gene1", **SETTINGS, copy=True)
     assert "cellfate_shares" not in again.varm
