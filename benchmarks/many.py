@@ -1,7 +1,7 @@
-"""Many gaussian responses at once: seconds and memory, and how far the answers are from fits one by one.
+"""Many responses at once: seconds and memory, and how far the answers are from fits one by one.
 
     python benchmarks/many.py --responses 2000 --cells 10000 --rank 256 --check 20
-    python benchmarks/many.py --responses 20 --cells 500 --check 5
+    python benchmarks/many.py --family negative_binomial --responses 200 --cells 10000 --rank 128 --check 3
 
 One embryo (see `problems.py`); each response has fields and variances of its own, some without ancestry or without neighborhood.
 Fields are drawn as the problem `both_gaussian` draws them: down the tree, and in space from random Fourier features. The fits one
@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--responses", type=int, default=2000)
     parser.add_argument("--cells", type=int, default=10_000)
     parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--family", choices=["gaussian", "negative_binomial"], default="gaussian")
     parser.add_argument("--check", type=int, default=20, help="responses that are fitted one by one too")
     parser.add_argument("--extent", type=float, default=EXTENT)
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = set_threads(options.threads)
 
     import cellfate as cf
-    from cellfate.inference.gaussian_many import fit_gaussian_many
+    from cellfate.inference.many import fit_many
     from cellfate.kernels.base import Component
 
     warnings.simplefilter("ignore", cf.CellfateWarning)
@@ -76,23 +77,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [f"gene{i}" for i in range(options.responses)]
     small = make("both_gaussian", 300, seed=options.seed)  # what Python compiles at a first call is not on the clock
     few = tuple(Component(name, kernel) for name, kernel in small.kernels().items())
-    list(fit_gaussian_many(few, small.design, ["Intercept"], small.y[:, None], ["y"], rank=32, device=options.device))
+    if options.family == "negative_binomial":
+        y = np.random.default_rng([options.seed, 1]).poisson(np.exp(y - y.mean(0)).clip(max=1e4)).astype(float)
+
+    def all_of(components: tuple, problem: Problem, columns: np.ndarray, names: list[str], rank: int) -> Iterator:
+        glmm = cf.GLMM(options.family, components, engine="structured", rank=rank, device=options.device)
+
+        def read(part: slice) -> list[np.ndarray]:
+            return [np.ascontiguousarray(column) for column in columns[:, part].T]
+
+        return fit_many(glmm, names, read, problem.design, n=problem.n, terms=["Intercept"])
+
+    warm = np.random.default_rng(0).poisson(3.0, (300, 1)).astype(float)
+    list(all_of(few, small, warm, ["y"], 32))
 
     forget_peak()
     began, cpu, kept = time.perf_counter(), time.process_time(), {}
     shares = np.empty((options.responses, 3))
     statuses: dict[str, int] = {}
-    given = {"rank": options.rank, "device": options.device}
-    for i, fit in enumerate(fit_gaussian_many(components, problem.design, ["Intercept"], y, names, **given)):
-        shares[i] = fit.shares["share"][:3]
+    for i, fit in enumerate(all_of(components, problem, y, names, options.rank)):
+        if isinstance(fit, cf.errors.Failure):
+            statuses["failed"] = statuses.get("failed", 0) + 1
+            shares[i] = np.nan
+            continue
+        shares[i] = (*fit.shares["share"][:2], 1 - sum(fit.shares["share"][:2]))
         statuses[fit.diagnostics["status"]] = statuses.get(fit.diagnostics["status"], 0) + 1
         if i < options.check:
             kept[i] = fit
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     truth = variances / variances.sum(1, keepdims=True)
-    row = {"responses": options.responses, "cells": options.cells, "rank": options.rank, "threads": threads}
+    row = {
+        "family": options.family,
+        "responses": options.responses,
+        "cells": options.cells,
+        "rank": options.rank,
+        "threads": threads,
+    }
     row |= {"device": options.device, "seconds": seconds, "cpu_seconds": cpu, "peak_MiB": peak_mib()}
-    row["share_rmse"] = float(np.sqrt(((shares - truth) ** 2).mean()))
+    if options.family == "gaussian":  # a share of counts has no residual in it
+        row["share_rmse"] = float(np.sqrt(np.nanmean((shares - truth) ** 2)))
+    row["failed"] = statuses.get("failed", 0)
     row["converged"] = statuses.get("converged", 0)
     print(table([row]))
     checked = [_compared(problem, components, y[:, i], fit, options) for i, fit in kept.items()]
@@ -107,14 +131,15 @@ def _compared(problem: Problem, components: tuple, y: np.ndarray, fit: object, o
     """A fit one by one beside the same response of many; differences in posterior sds unless said otherwise."""
     import cellfate as cf
 
-    glmm = cf.GLMM("gaussian", components, engine="structured", rank=options.rank, device=options.device)
+    glmm = cf.GLMM(options.family, components, engine="structured", rank=options.rank, device=options.device)
     alone = glmm.fit(y, problem.design, terms=["Intercept"], rng=0)
     row = {"response": fit.shares["response"][0], "seconds": alone.diagnostics["seconds"]}
     row["evidence"] = fit.log_evidence - alone.log_evidence
     model, engine, _ = glmm._problem
     at = [_log_posterior(model, engine, f.mode) for f in (fit, alone)]
     row["mode_gap"] = at[0] - at[1]
-    for name in ("variance_lineage", "variance_spatial", "variance_residual", "lengthscale_spatial"):
+    last = "variance_residual" if options.family == "gaussian" else "dispersion"
+    for name in ("variance_lineage", "variance_spatial", last, "lengthscale_spatial"):
         a, b = fit.draws[name], alone.draws[name]
         short = name.removeprefix("variance_")
         row |= {f"{short}": (a.mean() - b.mean()) / b.std(), f"{short}_sd": a.std() / b.std()}
