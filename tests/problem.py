@@ -133,6 +133,7 @@ def small_problem(
     fate = get_family(family, link)
     trials = rng.integers(1, 8, size=n).astype(float) if fate.kind == "successes" else None
     y = fate.simulate(eta + offset, rng=rng, trials=trials)
-    outcome = Outcome(double(y), None if trials is None else double(trials))
+    levels = 4 if fate.kind == "levels" else None
+    outcome = Outcome(double(y), None if trials is None else double(trials), levels)
     data = Data(outcome, double(np.column_stack([np.ones(n), x])), ("Intercept", "x"), double(offset))
     return Model(fate, components, data, priors or {}, reml), dense_engine(components, n)

@@ -182,3 +182,25 @@ def test_wrong_input_is_named(embryo, fate, more, text):
 def test_what_there_is_only_of_one_response_is_refused(fitted):
     for read in (cf.get.effects, cf.get.diagnostics):
         assert "many responses" in complaint(lambda read=read: read(fitted))
+
+
+def test_many_measurements_share_tables_and_fail_apart():
+    """From twenty on; each as a fit by itself has it, up to what two ways of integrating differ by."""
+    adata = cf.datasets.simulate(N, family="gaussian", rng=6)
+    rng = np.random.default_rng(7)
+    x = adata.obs["fate"].to_numpy()[:, None] * rng.uniform(0, 2, 21) + rng.normal(size=(N, 21))
+    x[:, 4] = 1.0
+    genes = ad.AnnData(x, obs=adata.obs, obsm=dict(adata.obsm), uns=dict(adata.uns))
+    settings = {"family": "gaussian", "lengthscale": 0.7, "rng": 1}
+    cf.tl.decompose(genes, list(genes.var_names), **settings)
+    status = cf.get.responses(genes).set_index("response")
+    assert list(status.index[status["status"].str.startswith("failed")]) == ["4"]
+    assert status.loc["0", "engine_reason"] == "structured: many gaussian responses at once"
+    again = cf.tl.decompose(genes, list(genes.var_names)[::-1], **settings, chunk_size=6, copy=True)
+    for one, other in zip(tables(genes), tables(again), strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+    alone = cf.tl.decompose(genes, "7", **settings, engine="dense", copy=True)
+    mine = cf.get.components(genes).query("response == '7'").set_index("component")["share"]
+    theirs = cf.get.components(alone).set_index("component")["share"]
+    assert (mine - theirs).abs().max() < 0.03
+    assert status.loc["7", "log_evidence"] == pytest.approx(alone.uns["cellfate"]["log_evidence"], abs=0.1)
