@@ -274,7 +274,7 @@ class Posteriors:
             tried = np.clip(
                 u[on][:, None] + SHARES[:, None] * (move * unit[on])[:, None], low[on][:, None], high[on][:, None]
             )
-            there = np.nan_to_num(self.log_posterior(rows[on], tried, some), nan=-np.inf)
+            there = np.nan_to_num(self.log_posterior(rows[on], tried, some), nan=-np.inf, neginf=-np.inf)
             best = there.argmax(1)
             better = there[np.arange(len(on)), best] > here
             u[on[better]] = tried[better, best[better]]
@@ -326,7 +326,9 @@ class Posteriors:
             u = proposal.draw(count, turns)
             inside = np.asarray(((u >= low[:, None]) & (u <= high[:, None])).all(-1))
             value, at, v, found = self.look(rows, np.where(inside[..., None], u, location[:, None]), forms)
-            log_ratio = np.where(inside, np.nan_to_num(value, nan=-np.inf) - proposal.log_density(u), -np.inf)
+            log_ratio = np.where(
+                inside, np.nan_to_num(value, nan=-np.inf, neginf=-np.inf) - proposal.log_density(u), -np.inf
+            )
             whole = logsumexp(log_ratio, axis=1, keepdims=True)
             weight = np.exp(log_ratio - np.where(np.isfinite(whole), whole, 0.0))
             if count == CLOUD:

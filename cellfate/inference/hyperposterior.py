@@ -150,7 +150,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
     points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
-    log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf)
+    log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf, neginf=-np.inf)
     log_weight, k = pareto_smooth(log_ratio)
     chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
     draws = _with_beta(points.u[chosen], points.beta[chosen], points.beta_factor[chosen], rng)

@@ -76,7 +76,7 @@ def _best_start(model: Model, engine: Engine, rule: Rule, first: Tensor) -> tupl
     best: tuple[float, Tensor, Sites] | None = None
     for part in torch.stack(points).split(engine.points_at_once(MEMORY)):
         here = evaluate(model, engine, model.theta(part), rule, tolerance=0.1)
-        value = (here.free_energy + model.log_prior(part)).nan_to_num(nan=-torch.inf)
+        value = (here.free_energy + model.log_prior(part)).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         i = int(value.argmax())
         if best is None or float(value[i]) > best[0]:
             best = (float(value[i]), part[i], here.fit.sites[torch.tensor([i], device=part.device)])

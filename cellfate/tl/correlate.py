@@ -17,7 +17,7 @@ from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
 from cellfate.io.store import own
-from cellfate.tl.decompose import components_of
+from cellfate.tl.components import check_kernels, components_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -82,6 +82,9 @@ def correlate(
     """
     check_adata(adata)
     check_names(fates)
+    check_kernels(lineage_kernel, spatial_kernel, lengthscale)
+    if spatial_kernel == "graph":
+        raise NotImplementedError("correlations on a neighbor graph are not there yet: take a kernel of positions.")
     if family == "categorical":
         raise NotImplementedError(
             "correlations of categorical fates are not there yet: take each against the rest, 'bernoulli'."

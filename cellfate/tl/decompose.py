@@ -12,7 +12,7 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
-from cellfate.errors import CellfateWarning, DataError, unknown
+from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.io.again import named, noted_groups
 from cellfate.io.anndata import read_cells
@@ -23,19 +23,11 @@ from cellfate.io.many import find_fates
 from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_many, write_results
 from cellfate.kernels.base import Component
-from cellfate.kernels.graph import Composition, Graph
-from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
-from cellfate.kernels.lineage import LINEAGE_KERNELS
-from cellfate.kernels.product import Product
-from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
+from cellfate.kernels.graph import Graph
+from cellfate.tl.components import check_kernels, components_of
 from cellfate.tl.many import fit_all
-from cellfate.trees.forest import Forest
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
-FAR = 5.0  # times the extent, or below the distance of neighbors, that a length-scale may be held at
-INTERACTION = "lineage:spatial"
-OLRE = "olre"  # the observation-level random effect; "observation" is the name of a scale
-GRAPH = "graph"  # the spatial kernel that goes by neighbors, not by positions
 COARSE = 0.2  # share of a field's variance that its modes may leave out without a warning
 
 if TYPE_CHECKING:
@@ -202,7 +194,7 @@ def decompose(
         "reml": reml,
         "priors": priors,
     }
-    _check_kernels(lineage_kernel, spatial_kernel, lengthscale)
+    check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)
     check_free(adata, key_added)
     cells = read_cells(
@@ -307,120 +299,6 @@ def _with_specimens(cells: Cells, groups: Any, formula: str, lineage_kernel: str
 def _same_split(one: np.ndarray, other: np.ndarray) -> bool:
     pairs = len(np.unique(np.column_stack([one, other]), axis=0))
     return pairs == len(np.unique(one)) == len(np.unique(other))
-
-
-def _check_kernels(lineage_kernel: str, spatial_kernel: str, lengthscale: float | None) -> None:
-    for argument, name, known in (
-        ("lineage_kernel", lineage_kernel, LINEAGE_KERNELS),
-        ("spatial_kernel", spatial_kernel, (*SPATIAL_KERNELS, GRAPH)),
-    ):
-        if name not in known:
-            if name == "composition":
-                raise DataError(
-                    "spatial_kernel 'composition' is a component of its own: give niche='<key of obsm>' beside a field."
-                )
-            raise unknown(argument, name, known)
-    if lengthscale is not None and not (
-        isinstance(lengthscale, int | float | np.number) and np.isfinite(lengthscale) and lengthscale > 0
-    ):
-        raise DataError(
-            f"lengthscale is {lengthscale!r}, wanted a positive number in the units of the coordinates, or hops."
-        )
-
-
-def _warn_of_lengthscale(kernel: SpatialKernel | Graph) -> None:
-    """A length-scale that is held where positions cannot show it, most often for its units."""
-    if kernel.lengthscale is None:
-        return
-    nearest, extent = kernel.bounds
-    if kernel.lengthscale > FAR * extent:
-        what = f"far beyond the extent of the tissue, {extent:.3g}: the field is all but constant"
-    elif kernel.lengthscale < nearest / FAR:
-        what = f"far below the distance of nearest neighbors, {nearest:.3g}: no cell has a neighbor"
-    else:
-        return
-    warnings.warn(
-        f"lengthscale is {kernel.lengthscale:.3g}, {what}. Check that both are in one unit, or leave it out to have it estimated.",
-        CellfateWarning,
-        stacklevel=4,
-    )
-
-
-def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
-    """All leaves hang on the root, equally far: what ancestry then explains is what every cell has for itself."""
-    parent = forest.parent[forest.leaves]
-    if lineage_kernel == "clone" or (parent < 0).any() or not forest.is_root[parent].all():
-        return
-    length = forest.branch_length[forest.leaves]
-    rooted = bool(forest.branch_length[forest.is_root].any()) or lineage_kernel == "ou"
-    if np.ptp(length) > 1e-9 * length.max() or (forest.n_trees > 1 and rooted):  # there, a tree is a clone
-        return
-    warnings.warn(
-        f"the tree is a star: its {forest.n_leaves} leaves all hang on {'the root' if forest.n_trees == 1 else 'a root'}, on "
-        "branches of one length. It holds no ancestry, and what is called lineage is confounded with the residual. Take "
-        "lineage=None, or a resolved tree.",
-        CellfateWarning,
-        stacklevel=4,
-    )
-
-
-def components_of(
-    cells: Cells,
-    lineage_kernel: str,
-    spatial_kernel: str,
-    lengthscale: float | None,
-    rank: int | None,
-    *,
-    interaction: bool = False,
-    olre: bool = False,
-) -> list[Component]:
-    """The components of a fit, by what the cells come with."""
-    out = []
-    if cells.forest is not None and cells.leaf is not None:
-        _warn_of_star(cells.forest, lineage_kernel)
-        out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
-    field: SpatialKernel | Graph | None = None
-    if cells.graph is not None:
-        rows = None if cells.kept.all() else np.flatnonzero(cells.kept)
-        field = Graph(cells.graph, rank=rank, lengthscale=lengthscale, cells=rows)
-    elif cells.coordinates is not None:
-        field = SPATIAL_KERNELS[spatial_kernel](cells.coordinates, cells.specimen, lengthscale)
-    if field is not None:
-        _warn_of_lengthscale(field)
-        out.append(Component("spatial", field))
-    if interaction:
-        if len(out) < 2:
-            raise DataError(
-                "interaction=True needs ancestry and neighborhood, and "
-                f"{'lineage' if field is not None else 'spatial'} is None. Give both, or leave it out."
-            )
-        out.append(Component(INTERACTION, Product(out[0].kernel, out[1].kernel)))
-    if cells.niche is not None:
-        out.append(Component("niche", Composition(cells.niche)))
-    for name, codes in cells.groups.items():
-        if name in cells.correlated:
-            slopes = cells.correlated[name]
-            kernel = CorrelatedSlopes(codes, cells.slopes[slopes][1], slopes.removeprefix(f"{name}:"))
-            out.append(Component(name, kernel))
-        else:
-            out.append(Component(name, Intercepts(codes)))
-    own = {name: pair for name, pair in cells.slopes.items() if name not in cells.correlated.values()}
-    out += [Component(name, Slopes(codes, x)) for name, (codes, x) in own.items()]
-    if olre:
-        _warn_of_lambda(cells, lineage_kernel)
-        out.append(Component(OLRE, Intercepts(np.arange(cells.n))))
-    return out
-
-
-def _warn_of_lambda(cells: Cells, lineage_kernel: str) -> None:
-    """What Pagel's lambda takes from the tree, it gives to the cells themselves."""
-    if cells.forest is not None and lineage_kernel == "pagel":
-        warnings.warn(
-            "lineage_kernel='pagel' with olre=True: at a lambda below 1 ancestry holds an effect of each cell alone, which is what "
-            "olre is. The two cannot be told apart: take lineage_kernel='brownian', or leave olre out.",
-            CellfateWarning,
-            stacklevel=4,
-        )
 
 
 def _with_truncation(fit: GLMMFit, components: list[Component]) -> GLMMFit:

@@ -18,7 +18,7 @@ from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.places import grid_places, read_places
 from cellfate.io.store import write_table
-from cellfate.tl.decompose import components_of
+from cellfate.tl.components import components_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

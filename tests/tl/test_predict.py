@@ -15,7 +15,7 @@ from cellfate import CellfateWarning, DataError
 from cellfate.inference.predict import spread
 from cellfate.kernels import Matern32
 from cellfate.model.priors import Normal
-from cellfate.tl.decompose import components_of
+from cellfate.tl.components import components_of
 from cellfate.trees.convert import to_forest, to_graph
 from tests.embryo import HALVES, N, embryo, half_tree, one_tree, same, trees, unchanged
 from tests.problem import entries
