@@ -158,6 +158,12 @@ def _add_decompose(commands: Any) -> None:
         "--interaction", action="store_true", default=ABSENT, help="also the interaction of ancestry and neighborhood"
     )
     command.add_argument(
+        "--per-fate",
+        action="store_true",
+        default=ABSENT,
+        help="a variance of each component for every fate (categorical)",
+    )
+    command.add_argument(
         "--olre", action="store_true", default=ABSENT, help="an effect of its own for every cell: overdispersed counts"
     )
     command.add_argument(

@@ -107,8 +107,11 @@ class DenseEngine(Engine):
 
     def _normalize(self, term: Term, unit: list[Tensor]) -> list[Tensor]:
         trace = sum(k.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) for k in unit)
-        total = sum(k.sum((-3, -2, -1)) for k in unit)
-        scale = sample_variance(torch.as_tensor(trace), torch.as_tensor(total), self.n, self._kernels[term.name].copies)
+        copies, total = self._kernels[term.name].copies, self.like.new_zeros(())
+        for k, cells in zip(unit, self.blocks.stacks, strict=True):
+            copy = cells // (self.n // copies)
+            total = total + (k if copies == 1 else k * (copy[:, :, None] == copy[:, None, :])).sum((-3, -2, -1))
+        scale = sample_variance(torch.as_tensor(trace), total, self.n, copies)
         if not bool((scale > 1e-12 * torch.as_tensor(trace) / self.n).all()):
             raise DataError(
                 f"component {term.name!r} is constant over the cells: it cannot explain any variation. Leave it out, or, for a "

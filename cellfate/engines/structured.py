@@ -21,6 +21,7 @@ from cellfate.engines.made import Made
 from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Diagonal, Given, Term, sample_variance
+from cellfate.kernels.fates import OwnField
 from cellfate.kernels.lineage import LineageKernel, TreeSteps
 from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SpatialKernel, Stationary
@@ -301,6 +302,8 @@ def refusal(components: Sequence[Component]) -> str | None:
     given = [c.name for c in components if isinstance(c.kernel, Given)]
     trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
     products = [c.name for c in components if isinstance(c.kernel, Product)]
+    if any(isinstance(c.kernel, OwnField) for c in components):
+        return "the fates have variances of their own, for which it has no sweeps yet"
     if products:
         return f"components {products} are interactions, products of two kernels, for which it has no factor yet"
     if given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 from cellfate.errors import DataError
 from cellfate.inference.arrays import array
 from cellfate.inference.hyperposterior import Hyperposterior
+from cellfate.kernels.base import Component
+from cellfate.kernels.fates import OwnField, own_fields
 from cellfate.model.categorical import Categorical, contrasts
 from cellfate.model.checks import check_finite, check_levels
 from cellfate.model.glmm import Model
@@ -67,6 +69,28 @@ def block_design(design: np.ndarray, terms: Sequence[str], copies: int) -> tuple
     return np.kron(np.eye(copies), design), tuple(f"{term}[contrast {j}]" for j in range(copies) for term in terms)
 
 
+def fields_of(
+    components: Sequence[Component],
+    copies: int,
+    names: Sequence[str] | None,
+    priors: Mapping[str, object],
+    per_fate: bool,
+) -> tuple[tuple[Component, ...], dict[str, object]]:
+    """Components over the copies, with one variance each or one for every fate, and the priors by what they are called there."""
+    if not per_fate:
+        return tuple(Component(c.name, c.kernel.copied(copies)) for c in components), dict(priors)
+    called, found = _called(names, copies + 1), dict(priors)
+    for c in components:
+        if (key := f"sd_{c.name}") in found:
+            shared = found.pop(key)
+            found = {f"{key}[{name}]": shared for name in called} | found
+    return own_fields(components, contrasts(copies + 1), called), found
+
+
+def _called(names: Sequence[str] | None, levels: int) -> list[str]:
+    return [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
+
+
 def by_fate(x: np.ndarray, levels: int) -> np.ndarray:  # (..., (K - 1) n) -> (..., n, K)
     """Latent values of the fates from those of their contrasts."""
     u = np.moveaxis(x.reshape(*x.shape[:-1], levels - 1, -1), -2, -1)
@@ -84,9 +108,15 @@ def told_by_fate(
 ) -> tuple[Hyperposterior, tuple[str, ...]]:
     """Effects and fixed effects of each fate in place of those of contrasts, and what the latter are called."""
     levels = model.data.copies + 1
-    names = [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
+    names = _called(names, levels)
+    own = {c.name: c.kernel for c in model.components if isinstance(c.kernel, OwnField)}
     effects: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for component, (mean, sd) in posterior.effects.items():
+        if component in own:  # one field, of which each contrast has its part
+            place = own[component].loading / np.sqrt(levels)
+            means = place @ mean.reshape(levels - 1, -1)
+            effects[component] = means, np.sqrt((place @ place) * (sd.reshape(levels - 1, -1) ** 2).sum(0))
+            continue
         means, sds = by_fate(mean, levels), np.sqrt(variances_by_fate(sd**2, levels))
         effects |= {f"{component}[{name}]": (means[:, k], sds[:, k]) for k, name in enumerate(names)}
     beta = np.einsum(

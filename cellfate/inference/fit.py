@@ -107,6 +107,9 @@ class GLMM:
     device, dtype
         Where and in what to compute: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``; ``"float64"`` or ``"float32"``.
         Tensors are taken from any device.
+    per_fate
+        For ``"categorical"``: a variance of each component for every fate, `lineage[<fate>]` and so on, in place of a shared one.
+        Length-scales stay shared. Needs the dense engine.
 
     Examples
     --------
@@ -138,12 +141,18 @@ class GLMM:
         rank: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "float64",
+        per_fate: bool = False,
     ) -> None:
         self.family = find_family(family, link)
         self.device, self.dtype = resolve_device(device), resolve_dtype(dtype)
         self.components = named_components(components, self.device)
         self.priors, self.reml = checked_priors(priors, self.components), reml
         self.rule = _rule(method)
+        self.per_fate = per_fate
+        if per_fate and self.family.kind != fates.KIND:
+            raise DataError(
+                f"per_fate=True goes with family='categorical', not {family!r}: it has a single field of each component."
+            )
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
         self.engine_name, self.rank = engine, rank
@@ -171,7 +180,7 @@ class GLMM:
         are in `diagnostics`.
         """
         began = time.perf_counter()
-        model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response)
+        model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response, levels)
         announce("%s", why)
         try:
             model, engine, mode = locate(model, engine, self.rule)
@@ -313,11 +322,18 @@ class GLMM:
         return predict(model, engine, self.rule, found, component, ask, count=count, rng=generator(rng))
 
     def _build(
-        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str = "y"
+        self,
+        y: Any,
+        X: Any,
+        offset: Any,
+        trials: Any,
+        terms: Sequence[str] | None,
+        response: str = "y",
+        levels: Sequence[str] | None = None,
     ) -> tuple[Model, Engine, str]:
         kind = self.family.kind
         if kind == fates.KIND:
-            return self._build_fates(y, X, offset, trials, terms, response)
+            return self._build_fates(y, X, offset, trials, terms, response, levels)
         response_ = numbers(response, y, 1)
         n = len(response_)
         rows_ = np.arange(n)  # how cells are called in a message
@@ -338,14 +354,21 @@ class GLMM:
         if kind == "count":
             check_log_offset(known, "offset")
             warn_of_two_values(response_, response, self.family.name)
-        levels = int(response_.max()) + 1 if kind == "levels" else None
-        outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total), levels)
+        count = int(response_.max()) + 1 if kind == "levels" else None
+        outcome = Outcome(self._tensor(response_), None if total is None else self._tensor(total), count)
         data = Data(outcome, self._tensor(design), names, self._tensor(known))
         model = Model(self.family, self.components, data, self.priors, self.reml)
         return model, *self._chosen(self.components, n)
 
     def _build_fates(
-        self, y: Any, X: Any, offset: Any, trials: Any, terms: Sequence[str] | None, response: str
+        self,
+        y: Any,
+        X: Any,
+        offset: Any,
+        trials: Any,
+        terms: Sequence[str] | None,
+        response: str,
+        levels: Sequence[str] | None,
     ) -> tuple[Model, Engine, str]:
         if not self.reml or not isinstance(self.rule, Variational):
             raise NotImplementedError(
@@ -367,8 +390,8 @@ class GLMM:
         seen, total = fates.outcome_of(weights)
         outcome = Outcome(self._tensor(seen), self._tensor(total), copies + 1)
         data = Data(outcome, self._tensor(design), names, self._tensor(np.zeros(len(seen))), copies)
-        components = tuple(Component(c.name, c.kernel.copied(copies)) for c in self.components)
-        model = Model(self.family, components, data, self.priors, True)
+        components, priors = fates.fields_of(self.components, copies, levels, self.priors, self.per_fate)
+        model = Model(self.family, components, data, priors, True)
         return model, *self._chosen(components, len(seen))
 
     def _chosen(self, components: Sequence[Component], n: int) -> tuple[Engine, str]:

@@ -91,9 +91,10 @@ def diagnose(
 
 def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
     """Rank correlation of the two variances a posteriori, and in words whether this data tells them apart."""
-    if "lineage" not in parts or "spatial" not in parts:
+    found = [[x for name, x in parts.items() if name.split("[")[0] == base] for base in ("lineage", "spatial")]
+    if not all(found):
         return float("nan"), "ancestry and neighborhood are not both in the model"
-    lineage, spatial = parts["lineage"], parts["spatial"]
+    lineage, spatial = (np.sum(own, axis=0) for own in found)  # of every fate, where each has its own
     correlation = float(spearmanr(lineage, spatial).statistic) if np.ptp(lineage) and np.ptp(spatial) else float("nan")
     share = lineage / (lineage + spatial)
     width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))

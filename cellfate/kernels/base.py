@@ -22,7 +22,8 @@ class Hyperparameter:
 
     `scale` is the coordinate in which it is estimated ("log" for a positive number, "logit" for one between 0 and 1, "atanh" for a
     correlation, "sd" for a standard deviation beside the component's own); `lower` and `upper` bound what the data can tell;
-    `fixed` takes it out of the estimation. An sd has a `unit`, as a kernel has, and says what it is `of`.
+    `fixed` takes it out of the estimation. An sd has a `unit`, as a kernel has, and says what it is `of`. One that several
+    components go by is called after `component`.
     """
 
     name: str
@@ -32,9 +33,11 @@ class Hyperparameter:
     fixed: float | None = None
     unit: float = 1.0
     of: str | None = None
+    component: str | None = None
 
     def parameter(self, component: str) -> str:
         """Its name in a model, such as `lengthscale_spatial`, or `sd_clone:time` for that of slopes."""
+        component = self.component or component
         return f"{self.name}_{component}" if self.of is None else f"sd_{component}:{self.of}"
 
 

@@ -28,6 +28,7 @@ COLORS = {
     "residual": "#8C8C8C",
     "distribution": "#BDBDBD",
 }
+PALEST = 0.7  # of the way to white
 GROUP_COLORS = ["#009E73", "#56B4E9", "#000000", "#F0E442"]  # yellow last, it is faint in print
 
 STYLE: Any = {  # matplotlib types every key of its rc parameters; not so here
@@ -69,10 +70,24 @@ LINK_UNITS = {
 
 
 def colors(components: Sequence[str]) -> dict[str, str]:
-    """Return the color of each component: the same one in every figure, grouping factors in order of appearance."""
-    groups = [c for c in dict.fromkeys(components) if c not in COLORS]
-    cycle = {c: GROUP_COLORS[i % len(GROUP_COLORS)] for i, c in enumerate(groups)}
-    return {c: COLORS.get(c) or cycle[c] for c in components}
+    """Return the color of each component: the same one in every figure, grouping factors in order of appearance.
+
+    Those of single fates, `lineage[A]`, are tints of the component's.
+    """
+    from matplotlib.colors import to_hex, to_rgb
+
+    members: dict[str, list[str]] = {}
+    for c in dict.fromkeys(components):
+        members.setdefault(c.split("[")[0] if c.endswith("]") else c, []).append(c)
+    groups = [base for base in members if base not in COLORS]
+    cycle = {base: GROUP_COLORS[i % len(GROUP_COLORS)] for i, base in enumerate(groups)}
+    out = {}
+    for base, own in members.items():
+        color = COLORS.get(base) or cycle[base]
+        for k, c in enumerate(own):
+            r, g, b = (x + PALEST * k / len(own) * (1 - x) for x in to_rgb(color))
+            out[c] = to_hex((r, g, b)) if k else color
+    return out
 
 
 def share_label(components: Iterable[str], scale: str = "latent") -> str:

@@ -54,6 +54,7 @@ def decompose(
     groups: str | list[str] | Mapping[str, str] | None = None,
     interaction: bool = False,
     olre: bool = False,
+    per_fate: bool = False,
     offset: Any = None,
     trials: Any = None,
     priors: Mapping[str, object] | None = None,
@@ -129,6 +130,10 @@ def decompose(
         overdispersion of ``"poisson"`` counts and of ``"binomial"`` fates with several trials. The dispersion of
         ``"negative_binomial"`` does the same (a warning), and so does the residual of ``"gaussian"`` (an error); one yes or no
         per cell cannot show it (an error).
+    per_fate
+        For ``"categorical"`` with three fates or more: a variance for each fate, components `lineage[<fate>]`,
+        `spatial[<fate>]` and so on, which add up to what the shared one would be; `lineage[<fate>]` is then the field that is that
+        fate's own. A prior of `sd_lineage` is that of each. Needs exact matrices. Compare `log_evidence` with the shared one.
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials
@@ -193,6 +198,7 @@ def decompose(
         "method": method,
         "reml": reml,
         "priors": priors,
+        "per_fate": per_fate,
     }
     check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)

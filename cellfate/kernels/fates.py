@@ -1,0 +1,114 @@
+"""Fields of single fates among several, where each has a variance of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellfate.errors import DataError
+from cellfate.kernels.base import Basis, Component, Dense, Hyperparameter, Kernel, Structure
+
+
+@dataclass(frozen=True)
+class _Loaded(Dense):
+    """A covariance among cells, times what two copies of the cells make of one field."""
+
+    inner: Dense
+
+    def dense(self, geometry: tuple[Any, Tensor]) -> Tensor:
+        inside, loading = geometry
+        return self.inner.dense(inside) * (loading[:, :, None] * loading[:, None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class OwnField(Kernel):
+    r"""The field of one fate: contrast j of the fates (a copy of the cells) has `loading[j]` times it.
+
+    With :math:`h_k` the row of fate k in the orthonormal contrasts H and loadings :math:`\sqrt K h_k` the covariance is
+    :math:`K\,h_k h_k' \otimes C`. Those of all fates at one variance sum to K times that of independent contrasts, so that what
+    they contribute adds up to the component. Length-scales are shared: the first fate has them, the others borrow.
+    """
+
+    inner: Kernel
+    loading: np.ndarray  # (copies,)
+    component: str
+    first: bool
+
+    def __post_init__(self) -> None:
+        if self.inner.holds_variance or self.inner.borrowed:
+            raise NotImplementedError(
+                f"component {self.component!r} with per_fate=True is not there yet: its covariance has more than one variance, or "
+                "goes by those of other components. Leave it out, or give per_fate=False."
+            )
+        self.__dict__["copies"] = len(self.loading)
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        return self.inner.n * len(self.loading)
+
+    @property
+    def normalized(self) -> bool:  # type: ignore[override]
+        return self.inner.normalized
+
+    @property
+    def unit(self) -> float:  # type: ignore[override]
+        return self.inner.unit / float(np.sqrt(len(self.loading) + 1))
+
+    @property
+    def _told(self) -> dict[str, Hyperparameter]:
+        """Hyperparameters by the name they have in a model."""
+        return {h.parameter(self.component): replace(h, component=self.component) for h in self.inner.hyperparameters}
+
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:  # type: ignore[override]
+        return tuple(self._told.values()) if self.first else ()
+
+    @property
+    def borrowed(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.first else tuple(self._told)
+
+    @property
+    def constant(self) -> bool:
+        return self.inner.constant
+
+    @property
+    def expected_variance(self) -> float:
+        return self.inner.expected_variance
+
+    def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
+        held = {h.name: values[h.name if self.first else told] for told, h in self._told.items()}
+        inner = self.inner.structure(held, like)
+        if isinstance(inner, Basis):
+            return replace(inner, phi=torch.kron(torch.as_tensor(self.loading).to(like)[:, None], inner.phi))
+        assert isinstance(inner, Dense)
+        return _Loaded(inner)
+
+    def geometry(self, cells: Tensor) -> tuple[Any, Tensor]:
+        real = cells < self.n
+        loading = torch.as_tensor(self.loading, device=cells.device)[(cells // self.inner.n).clamp(max=self.copies - 1)]
+        return self.inner.geometry(torch.where(real, cells % self.inner.n, self.inner.n)), loading
+
+    def independent(self) -> np.ndarray | None:
+        label = self.inner.independent()
+        return None if label is None else np.tile(label, self.copies)
+
+    def at(self, cells: np.ndarray) -> OwnField:
+        count = len(cells) // self.copies  # the same ones of every copy
+        return replace(self, inner=self.inner.at(cells[:count]))
+
+
+def own_fields(components: Sequence[Component], contrasts: np.ndarray, names: Sequence[str]) -> tuple[Component, ...]:
+    """For each component one of each fate, called `component[fate]`; contrasts (K, K - 1)."""
+    if len(names) < 3:
+        raise DataError("per_fate=True needs three fates or more: of two, one varies as much as the other.")
+    loadings = np.sqrt(len(names)) * contrasts
+    return tuple(
+        Component(f"{c.name}[{name}]", OwnField(c.kernel, loading, c.name, k == 0))
+        for c in components
+        for k, (name, loading) in enumerate(zip(names, loadings, strict=True))
+    )
