@@ -281,7 +281,8 @@ class Together:
         if high - low <= WINDOW:
             return [whole] * len(models)
         cells = models[0].data.some(PILOT)
-        thin = [model.at(cells) for model in models]
+        first = models[0].at(cells)
+        thin = [model.at(cells, first.components) for model in models]
         engine = StructuredEngine(self.components, self.n, device=self.on, dtype=torch.float64, rank=self.rank)
         small = engine.pilot(thin[0].components, cells)
         small.ranges = {self.columns: whole}

@@ -31,7 +31,7 @@ BASE = 1e-3  # added to a ratio before the logarithm: below it, a component is a
 LARGEST_RATIO = 300.0  # of a component's variance to the residual's that the grid holds
 SPACING = (2.0, 0.75, 1.5)  # of the points along the axes at which what cells keep for themselves is worked out exactly
 NEGLIGIBLE = 5e-3  # nats that it may amount to, and is not worked out
-COLUMNS = 128  # responses at a time, always as many: what is found for one does not depend on its company
+COLUMNS = 64  # responses at a time, always as many: what is found for one does not depend on its company
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Tabulation:
         root = precision.sqrt()[:, None]
         z, x = factor.whiten(root * self.columns), factor.whiten(root * self.design)
         m, k = z.shape[1], COLUMNS * math.ceil(y.shape[1] / COLUMNS)
-        zt, xt = z.mT.contiguous(), x.mT.contiguous()
+        zt, xt = z.mT, x.mT
         zy, xy, yy = y.new_empty(m, k), y.new_empty(x.shape[1], k), y.new_empty(k)
         for first in range(0, k, COLUMNS):
             some = y[:, first : first + COLUMNS]
@@ -275,11 +275,12 @@ def interpolate(table, a, b, c, at):  # type: ignore[no-untyped-def]
     """Values (g, t, q) of polynomials through `table` (g or 1, na, nb, nc, q) on nodes a, b, c (g or 1, n) at points (g, t, 3)."""
     g, t = at.shape[0], at.shape[1]
     na, nb, nc, q = table.shape[1], table.shape[2], table.shape[3], table.shape[4]
+    lines = table.reshape(table.shape[0], na, nb, nc * q)
     out = np.zeros((g, t, q))
     for flat in numba.prange(g * t):
         i, j = flat // t, flat % t
         of, on = (i if table.shape[0] > 1 else 0), (i if a.shape[0] > 1 else 0)
-        wa, wb, wc = np.empty(na), np.empty(nb), np.empty(nc)
+        wa, wb, wc, line = np.empty(na), np.empty(nb), np.empty(nc), np.zeros(nc * q)
         _weights(a[on], at[i, j, 0], wa)
         _weights(b[on], at[i, j, 1], wb)
         _weights(c[on], at[i, j, 2], wc)
@@ -287,9 +288,12 @@ def interpolate(table, a, b, c, at):  # type: ignore[no-untyped-def]
             for y in range(nb):
                 w = wa[x] * wb[y]
                 if w != 0.0:
-                    for z in range(nc):
-                        for r in range(q):
-                            out[i, j, r] += w * wc[z] * table[of, x, y, z, r]
+                    row = lines[of, x, y]
+                    for k in range(nc * q):  # along memory, so that several are done at once
+                        line[k] += w * row[k]
+        for z in range(nc):
+            for r in range(q):
+                out[i, j, r] += wc[z] * line[z * q + r]
     return out
 
 

@@ -246,7 +246,7 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
     unit = _unit(model, u)
     columns = u.new_zeros(here.posterior.mean.shape[-1], d)
     half = u.new_full((d,), 0.5)
-    offsets = 1e-4 * torch.diag(unit)
+    offsets, (low, high) = 1e-4 * torch.diag(unit), _bounds(model, u)
 
     def prior_times_b(at: Tensor) -> Tensor:
         terms = model.terms(model.theta(at[None]))
@@ -259,7 +259,8 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
             elif parameter.name == "sd_residual":
                 columns[:, i] = 2 * torch.exp(2 * u[i]) * b[0]
             elif parameter.name not in model.own:
-                columns[:, i] = (prior_times_b(u + offsets[i]) - prior_times_b(u - offsets[i])) / (2 * offsets[i, i])
+                up, down = torch.minimum(u + offsets[i], high), torch.maximum(u - offsets[i], low)
+                columns[:, i] = (prior_times_b(up) - prior_times_b(down)) / (up - down)[i]
         information = (columns.mT @ here.posterior.residual(columns[None])[0]) * torch.sqrt(half[:, None] * half)
     return information + torch.diag(floor / unit.square())
 
@@ -273,12 +274,13 @@ def _derivatives(
     gradient: Tensor,
     curvature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative Hessian of the log posterior and slopes of the posterior moments, by forward differences as one batch.
+    """Negative Hessian of the log posterior and slopes of the posterior moments, by one-sided differences as one batch.
 
     A `curvature` that is good enough is taken as it is.
     """
     d, n = len(u), model.data.n
     step = 0.02 * _unit(model, u)
+    step = torch.where(u + step > _bounds(model, u)[1], -step, step)  # beyond a bound there may be nothing
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
     for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():
         start = repeat(here.fit.sites, len(part))

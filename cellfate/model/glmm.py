@@ -93,9 +93,13 @@ class Model:
         if len(set(known)) < len(known):
             raise DataError(f"two parameters of the model would have one name: {known}. Rename a component.")
 
-    def at(self, cells: np.ndarray) -> Model:
-        """The same model of some of the cells, in the units and under the priors of all of them."""
-        components = [Component(c.name, with_copies(c.kernel.at(cells), c.kernel.copies)) for c in self.components]
+    def at(self, cells: np.ndarray, components: Sequence[Component] | None = None) -> Model:
+        """The same model of some of the cells, in the units and under the priors of all of them.
+
+        `components` are those over these cells, where they were made already.
+        """
+        if components is None:
+            components = [Component(c.name, with_copies(c.kernel.at(cells), c.kernel.copies)) for c in self.components]
         return self._in_units(replace(self, components=components, data=self.data.at(cells)))
 
     def within(self, limits: Mapping[str, tuple[float, float]]) -> Model:

@@ -10,6 +10,8 @@ import torch
 import cellfate as cf
 from cellfate import CellfateWarning, DataError
 from cellfate.inference import fit as fit_module
+from cellfate.inference.mode import find_mode
+from cellfate.inference.sites import Variational
 from cellfate.kernels import Given, Intercepts, Matern32, OrnsteinUhlenbeck, Pagel
 from cellfate.kernels.base import Component
 from cellfate.trees.convert import to_forest
@@ -192,3 +194,17 @@ def test_the_example_runs_and_a_fit_is_one_line():
     assert len(text) < 150
     documented = cf.get.diagnostics.__doc__
     assert {f"`{name}`" for name in example.globs["fit"].diagnostics if f"`{name}`" not in documented} == set()
+
+
+def test_a_lengthscale_at_its_bound_stays_there():
+    """A trend across the tissue wants a longer one; beyond the bound a basis holds nothing."""
+    rng = np.random.default_rng(2)
+    x = rng.uniform(size=(150, 2))
+    y = x[:, 0] + 0.1 * rng.normal(size=150)
+    glmm = cf.GLMM("gaussian", {"spatial": Matern32(x)}, engine="structured", rank=20).on(y, np.ones((150, 1)))
+    model, engine, _ = glmm.problem
+    mode = find_mode(
+        model.within({"lengthscale_spatial": (0.2, 0.6)}), engine.focus({"spatial": (0.2, 0.6)}), Variational()
+    )
+    assert mode.at_bound == ("lengthscale_spatial",)
+    assert torch.isfinite(mode.curvature).all()
