@@ -13,29 +13,11 @@ LOCAL = 12  # nodes along each axis of the part of the tables in which a posteri
 
 
 @dataclass(frozen=True)
-class Weight:
-    """How much cells differ in what columns leave to them, over what is their own: (rho sd(l))^2.
-
-    Forms are moved by that times something that varies slowly.
-    """
-
-    nodes: np.ndarray  # (order,) of the log length-scale
-    sd: np.ndarray  # (order,)
-    base: float
-
-    def __call__(self, at: np.ndarray) -> np.ndarray:
-        sd = (cardinal(self.nodes, at[..., 1].ravel()) @ self.sd).reshape(at.shape[:-1])
-        return ((np.exp(at[..., 2]) - self.base) * sd) ** 2
-
-
-@dataclass(frozen=True)
 class Forms:
     """Tabulated forms of some responses, in the whole range or in a part of it of each one's own."""
 
     tables: tuple[np.ndarray, ...]  # each (g or 1, na, nb, nc, q)
     nodes: tuple[np.ndarray, np.ndarray, np.ndarray]  # each (g or 1, order)
-    correction: Forms | None = None  # to be added, times `weight`; constant beyond its nodes
-    weight: Weight | None = None
     beyond: Forms | None = None  # what holds outside of the nodes
 
     def __call__(self, at: np.ndarray) -> np.ndarray:
@@ -47,9 +29,7 @@ class Forms:
             far = (near != at).any(-1)
             for row in np.flatnonzero(far.any(1)):
                 found[row, far[row]] = self.beyond.of(int(row))(at[row, far[row]][None])[0]
-        if self.correction is None or self.weight is None:
-            return found
-        return found + self.weight(at)[..., None] * self.correction(self.correction.clip(at))
+        return found
 
     def clip(self, at: np.ndarray) -> np.ndarray:
         low, high = (np.stack([nodes[:, end] for nodes in self.nodes], -1)[:, None] for end in (0, -1))
@@ -80,16 +60,15 @@ class Forms:
             parts.append(x)
         table = np.ascontiguousarray(np.concatenate(parts, -1))
         beyond = Forms(self.tables, self.nodes)
-        return Forms((table,), (axes[0], axes[1], axes[2]), self.correction, self.weight, beyond)
+        return Forms((table,), (axes[0], axes[1], axes[2]), beyond)
 
 
 def take(forms: Forms, rows: np.ndarray) -> Forms:
     """Those of some responses."""
     tables = tuple(table[rows] if len(table) > 1 else table for table in forms.tables)
     a, b, c = (nodes[rows] if len(nodes) > 1 else nodes for nodes in forms.nodes)
-    correction = None if forms.correction is None else take(forms.correction, rows)
     beyond = None if forms.beyond is None else take(forms.beyond, rows)
-    return Forms(tables, (a, b, c), correction, forms.weight, beyond)
+    return Forms(tables, (a, b, c), beyond)
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)
@@ -120,17 +99,22 @@ def quadratic(found, v, precision, level):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True)
 def _reduced(f, own, precision, level, p):  # type: ignore[no-untyped-def]
     """What y' V^-1 y is less what the fixed effects explain, and log|V| less that without them, by Cholesky's method."""
-    lower, shift = np.empty((p, p)), np.empty(p)
+    factor, lower, shift = np.zeros((p, p)), np.empty((p, p)), np.empty(p)
     square, log_det, at = f[0], 0.0, 2 + p
+    for a in range(p):
+        for b in range(a + 1):
+            factor[a, b] = np.exp(f[at]) if a == b else f[at]
+            at += 1
     for a in range(p):
         prior = own * precision[a]
         square += prior * level[a] ** 2
-        value = f[1 + a] - prior * level[a]
+        value = -prior * level[a]
+        for c in range(a + 1):
+            value += factor[a, c] * f[1 + c]
         for b in range(a + 1):
-            entry = f[at]
-            at += 1
-            if a == b:
-                entry += prior
+            entry = prior if a == b else 0.0
+            for c in range(b + 1):
+                entry += factor[a, c] * factor[b, c]
             for c in range(b):
                 entry -= lower[a, c] * lower[b, c]
             lower[a, b] = np.sqrt(entry) if a == b else entry / lower[b, b]

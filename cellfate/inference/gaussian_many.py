@@ -231,12 +231,7 @@ class Together:
         posteriors = Posteriors(
             models, tabulation.tabulate(y), scale, level, (self.lineage, self.columns, self.lengthscale)
         )
-        modes = _in_parts(posteriors, len(models))
-        if float(posteriors.tables.shared.left_out_sd.max()) > 0:
-            count = posteriors.correct(tabulation, y, modes)
-            logger.debug("%d points at which what cells keep for themselves was worked out", count)
-            modes = _in_parts(posteriors, len(models), modes.u)
-        return posteriors, modes
+        return posteriors, _in_parts(posteriors, len(models))
 
     def tabulation(self, components: tuple[Component, ...], n: int, window: Window, wide: bool) -> Tabulation:
         ranges = {} if window is None else {self.columns: window}
@@ -325,11 +320,11 @@ def _at(x: np.ndarray | None, cells: np.ndarray) -> np.ndarray | None:
     return None if x is None else np.asarray(x)[cells]
 
 
-def _in_parts(posteriors: Posteriors, count: int, start: np.ndarray | None = None) -> Modes:
+def _in_parts(posteriors: Posteriors, count: int) -> Modes:
     parts = []
     for first in range(0, count, AT_ONCE):
         some = np.arange(first, min(first + AT_ONCE, count))
-        parts.append(posteriors.modes(some, None if start is None else start[some]))
+        parts.append(posteriors.modes(some))
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(p, name) for p in parts])

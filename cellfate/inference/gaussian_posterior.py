@@ -12,31 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import logsumexp
-from torch import Tensor
 
-from cellfate.inference.gaussian_forms import Forms, Weight, log_likelihood, quadratic, take
+from cellfate.inference.gaussian_forms import Forms, log_likelihood, quadratic, take
 from cellfate.inference.gaussian_proposals import Proposals, factor_of
-from cellfate.inference.gaussian_tables import (
-    NEGLIGIBLE,
-    SPACING,
-    Tables,
-    Tabulation,
-    cardinal,
-    contract,
-)
+from cellfate.inference.gaussian_tables import Tables, cardinal
 from cellfate.inference.hyperposterior import INFLATE
 from cellfate.model.glmm import Model
 from cellfate.model.priors import HalfNormal, LogNormal, Parameter
 
 SCOUTS, CLOUD = 256, 4096  # points of the first and of the last proposal
 FAR = 8.0  # posterior sds up to which these tables reach
-AROUND = (3.0, 1.5, 3.0), (1.0, 0.5, 1.0)  # the same about where a mode is first sought, and about the mode
+AROUND = (3.0, 1.5, 3.0)  # the same about where a mode is sought
 STEPS = 40  # of Newton's method
 SHARES = np.array([1.0, 0.5, 0.2, 0.05, 0.01])  # of a step that are tried
 CONVERGED = 1e-8  # nats that another step would bring
 MOST_LEFT = 0.8  # of what cells have for themselves, that columns may leave out
-SMALLEST_WEIGHT = 1e-12
 PROBE = 0.1  # posterior sds, or units where they are not known, between points of a finite difference
+FINEST = 2e-4  # of a unit, between them at least: closer by, differences are rounding
 SMALLEST = 0.05  # of an sd's unit, from which the search for a mode begins at least
 
 
@@ -79,63 +71,15 @@ class Posteriors:
         self.scales = [p.scale for p in self.parameters[0]]
         self.folded = np.array([s == "sd" for s in self.scales])
         self.n = models[0].data.n
-        self.correction: Forms | None = None
         beta_sd = np.array([m.beta_sd.cpu().numpy() for m in models]).reshape(len(models), -1)
         self.beta_precision = (scale[:, None] / beta_sd) ** 2
         grid = tables.shared.grid
         self._nodes = (grid.lineage.x[None], grid.lengthscale.x[None], grid.columns.x[None])
         self._left = tables.shared.left_out if len(tables.shared.left_out) == grid.shape[1] else None
         self._left_fixed = float(tables.shared.left_out[0])
-        sd = np.broadcast_to(tables.shared.left_out_sd, grid.shape[1])
-        self.weight = Weight(grid.lengthscale.x, sd, grid.columns.base)
 
     def forms(self, rows: np.ndarray) -> Forms:
-        correction = None if self.correction is None else take(self.correction, rows)
-        tables = (self.tables.forms[rows], self.tables.shared.forms[None])
-        return Forms(tables, self._nodes, correction, self.weight)
-
-    def correct(self, tabulation: Tabulation, y: Tensor, modes: Modes) -> int:
-        """Add what cells keep for themselves, from exact values at points about the modes of all responses y (n, k).
-
-        The points are on a grid of their own, so that neighbors share them. Returns how many points it took.
-        """
-        rows, grid = np.arange(len(self.models)), self.tables.shared.grid
-        at = self.ratios(rows, modes.u[:, None])[0]
-        axes = [
-            _regular(axis.x, step)
-            for axis, step in zip((grid.lineage, grid.lengthscale, grid.columns), SPACING, strict=True)
-        ]
-        middle = np.stack([_nearest(x, at[:, 0, i]) for i, x in enumerate(axes)], -1)  # (k, 3)
-        needed = self.n * self.weight(at)[:, 0] / 4 > NEGLIGIBLE
-        sides = [np.arange(len(x)) if len(x) < 3 else np.arange(-1, 2) for x in axes]
-        where = np.stack(np.meshgrid(*sides, indexing="ij"), -1)
-        base = np.where([len(x) < 3 for x in axes], 0, middle)
-        index = base[:, None, None, None] + where  # (k, 3, 3, 3, 3)
-        nodes = [x[base[:, [i]] + sides[i]] for i, x in enumerate(axes)]
-        p = self.level.shape[1]
-        width = 1 + p + 1 + p * (p + 1) // 2
-        table = np.zeros((*index.shape[:-1], width))
-        flat, of = index.reshape(len(rows), -1, 3), table.reshape(len(rows), -1, width)
-        there = np.zeros(of.shape[:2], dtype=bool)
-        keys = np.ravel_multi_index(tuple(np.moveaxis(flat, -1, 0)), [len(x) for x in axes])
-        count = 0
-        for key in np.unique(np.asarray(keys)[needed]):
-            some, slot = np.nonzero((keys == key) & needed[:, None])
-            point = np.array([x[i] for x, i in zip(axes, np.unravel_index(key, [len(x) for x in axes]), strict=True)])
-            left = self._left_at(point[None])[0]
-            weight = float(self.weight(point[None])[0])
-            if (math.exp(point[2]) - grid.columns.base) * left > MOST_LEFT or weight < SMALLEST_WEIGHT:
-                continue
-            shared, own = tabulation.exact(y[:, torch.as_tensor(some)], (point[0], point[1], point[2]))
-            weights = [cardinal(nodes[0], point[[i]])[0] for i, nodes in enumerate(self._nodes)]
-            of[some, slot, : 1 + p] = (own - contract(self.tables.forms, some, *weights)) / weight
-            whole = contract(self.tables.shared.forms[None], np.zeros(1, dtype=int), *weights)
-            of[some, slot, 1 + p :] = (shared - whole) / weight
-            there[some, slot] = True
-            count += 1
-        _fill(of, there, flat)
-        self.correction = Forms((table,), (nodes[0], nodes[1], nodes[2]))
-        return count
+        return Forms((self.tables.forms[rows], self.tables.shared.forms[None]), self._nodes)
 
     def unit(self, rows: np.ndarray) -> np.ndarray:
         """The natural step of each coordinate (g, d)."""
@@ -208,11 +152,13 @@ class Posteriors:
         if not p:
             return np.zeros((len(v), 0)), np.zeros((len(v), 0, 0))
         i, j = np.tril_indices(p)
-        precision = np.zeros((len(v), p, p))
-        precision[:, i, j] = precision[:, j, i] = found[:, 2 + p :]
+        inner = np.zeros((len(v), p, p))
+        inner[:, i, j] = np.where(i == j, np.exp(found[:, 2 + p :]), found[:, 2 + p :])
+        precision = inner @ inner.mT
         prior = v[:, None] * self.beta_precision[row]
         precision[:, range(p), range(p)] += prior
-        shift = np.linalg.solve(precision, (found[:, 1 : 1 + p] - prior * self.level[row])[..., None])[..., 0]
+        explained = (inner @ found[:, 1 : 1 + p, None])[..., 0]
+        shift = np.linalg.solve(precision, (explained - prior * self.level[row])[..., None])[..., 0]
         factor = np.linalg.cholesky(np.linalg.inv(precision) * v[:, None, None])
         return self.scale[row] * (shift + self.level[row]), self.scale[row] * factor
 
@@ -246,14 +192,14 @@ class Posteriors:
         best = value.argmax(1)
         return u[np.arange(len(rows)), best], value.reshape(len(rows), *a.shape)
 
-    def modes(self, rows: np.ndarray, start: np.ndarray | None = None) -> Modes:
-        """By Newton's method, from `start` (g, d) or the best node."""
+    def modes(self, rows: np.ndarray) -> Modes:
+        """By Newton's method, from the best node."""
         forms, unit = self.forms(rows), self.unit(rows)
         low, high = self.bounds(rows)
-        u = self.start(rows) if start is None else start
+        u = self.start(rows)
         u = np.clip(np.where(self.folded, np.maximum(u, SMALLEST * unit), u), low, high)
         at = self.ratios(rows, u[:, None])[0][:, 0]
-        forms = forms.about(at, np.array(AROUND[0] if start is None else AROUND[1]))
+        forms = forms.about(at, np.array(AROUND))
         probe, active = 0.2 * PROBE * unit, np.ones(len(rows), dtype=bool)
         value, gain = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
         curvature = np.zeros((*u.shape, u.shape[1]))
@@ -279,8 +225,9 @@ class Posteriors:
             better = there[np.arange(len(on)), best] > here
             u[on[better]] = tried[better, best[better]]
             sd = 1 / np.sqrt(np.maximum(np.diagonal(bend, axis1=1, axis2=2), 1 / (2 * unit[on]) ** 2))
-            settled = np.abs(probe[on] / (PROBE * sd) - 1).max(-1) < 0.5
-            probe[on] = PROBE * sd
+            step = np.maximum(PROBE * sd, FINEST * unit[on])
+            settled = np.abs(probe[on] / step - 1).max(-1) < 0.5
+            probe[on] = step
             active[on] = ~(settled & ((gain[on] < CONVERGED) | ~better))
             if not active.any():
                 break
@@ -361,28 +308,6 @@ class Posteriors:
             if math.log(own.upper) > x[-1] + 1e-6:
                 near |= at[..., 1] > x[-1] - reach
         return np.where(near, weight, 0.0).sum(1)
-
-
-def _fill(table: np.ndarray, there: np.ndarray, index: np.ndarray) -> None:
-    """Entries (g, s, q) that are not there become those of the nearest of their row (places `index`, (g, s, 3)) that are."""
-    for row in np.flatnonzero(there.any(1) & ~there.all(1)):
-        have, lack = np.flatnonzero(there[row]), np.flatnonzero(~there[row])
-        apart = np.abs(index[row, lack][:, None] - index[row, have]).sum(-1)
-        table[row, lack] = table[row, have[apart.argmin(1)]]
-
-
-def _regular(nodes: np.ndarray, step: float) -> np.ndarray:
-    """Points at about a distance of `step` over the range of an axis."""
-    if len(nodes) == 1:
-        return nodes
-    return np.linspace(nodes[0], nodes[-1], 1 + max(2, math.ceil(np.ptp(nodes) / step)))
-
-
-def _nearest(points: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The nearest of regular points that has a neighbor on either side."""
-    if len(points) < 3:
-        return np.zeros(len(x), dtype=np.int64)
-    return np.clip(np.rint((x - points[0]) / (points[1] - points[0])).astype(np.int64), 1, len(points) - 2)
 
 
 def _log_density(parameters: list[Parameter], u: np.ndarray) -> np.ndarray:  # (g, t)

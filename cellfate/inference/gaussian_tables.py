@@ -1,14 +1,12 @@
 r"""Quadratic forms of many gaussian responses over a grid of variance ratios and length-scales, most of it shared by all.
 
 With :math:`v` the variance that cells have for themselves, :math:`\gamma` and :math:`\rho` the variances of lineage and columns over
-it, the covariance of a response is :math:`v\,(I + \gamma A + \rho\,(\Phi S(l)\Phi' + \mathrm{diag}(D(l) - \bar d(l))))` and what is known of
-the fixed effects. For each :math:`\gamma` one whitening along the tree serves every response, for each :math:`(\gamma, l)` one eigenvalue
+it, the covariance of a response is :math:`v\,(I + \gamma A + \rho\,\Phi S(l)\Phi')` and what is known of the fixed effects. For each :math:`\gamma` one whitening along the tree serves every response, for each :math:`(\gamma, l)` one eigenvalue
 problem of the columns, as in FaST-LMM (Lippert et al. 2011); then a :math:`\rho` is a sum over columns. All are smooth in
 :math:`\log(\gamma + \gamma_0)`, :math:`\log l`, :math:`\log(\rho + \rho_0)`: values at Chebyshev nodes give them everywhere.
 
-:math:`\bar d(l)`, the mean of what truncated columns leave to the cells, is part of :math:`v`. What differs between cells moves the
-forms by little: it is left out of the tables, and worked out exactly at a few points near each response's mode
-(:meth:`Tabulation.corrections`).
+:math:`\bar d(l)`, the mean over cells of what truncated columns leave to them, is part of :math:`v`: a fit by itself gives each cell
+its own. Where columns leave out little the two agree; where they leave out much, neither is the field that was asked for.
 """
 
 from __future__ import annotations
@@ -29,8 +27,6 @@ from cellfate.trees.sweeps import TreeFactor
 
 BASE = 1e-3  # added to a ratio before the logarithm: below it, a component is all but absent
 LARGEST_RATIO = 300.0  # of a component's variance to the residual's that the grid holds
-SPACING = (2.0, 0.75, 1.5)  # of the points along the axes at which what cells keep for themselves is worked out exactly
-NEGLIGIBLE = 5e-3  # nats that it may amount to, and is not worked out
 COLUMNS = 64  # responses at a time, always as many: what is found for one does not depend on its company
 
 
@@ -90,20 +86,20 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all responses share: the log-determinant and X' V^-1 X at the nodes, and the mean of what columns leave out.
+    """What all responses share: the log-determinant and the factor L of X' V^-1 X at the nodes, and the mean of what columns leave out.
 
-    forms: (lineage, lengthscale, columns, 1 + p (p + 1) / 2), for unit own variance.
+    forms: (lineage, lengthscale, columns, 1 + p (p + 1) / 2), for unit own variance: L L' = X' V^-1 X, row by row, with the logarithm
+    of its diagonal. Where a field comes close to a fixed effect X' V^-1 X falls by orders of magnitude, and has to stay positive.
     """
 
     grid: Grid
     forms: np.ndarray
     left_out: np.ndarray  # (lengthscale,), mean over cells of D(l), for unit variance
-    left_out_sd: np.ndarray  # (lengthscale,), sd over cells of the same
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Forms of each response at the nodes: (responses, lineage, lengthscale, columns, 1 + p), y' V^-1 y and X' V^-1 y."""
+    """Forms of each response at the nodes: (responses, lineage, lengthscale, columns, 1 + p), y' V^-1 y and L^-1 X' V^-1 y."""
 
     shared: Shared
     forms: np.ndarray
@@ -127,14 +123,12 @@ class Tabulation:
                 continue
             self.columns, self.roots = z, square_root(part)
             own = own if part.own is None else part.own
-        self.left_out, self.left_out_sd = own.mean(-1), own.std(-1, correction=0)
-        self.components = components
-        self._at_lengthscale: dict[float, tuple[Tensor, Tensor]] = {}
+        self.left_out = own.mean(-1)
 
     def tabulate(self, y: Tensor) -> Tables:
         """Forms of responses y (n, k)."""
         shared, forms = self._over(y)
-        return Tables(Shared(self.grid, shared, self.left_out.cpu().numpy(), self.left_out_sd.cpu().numpy()), forms)
+        return Tables(Shared(self.grid, shared, self.left_out.cpu().numpy()), forms)
 
     def _over(self, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Forms (lineage, lengthscale, columns, ...) that are shared, and those of each response (responses, lineage, ...)."""
@@ -143,9 +137,9 @@ class Tabulation:
         lower = torch.tril_indices(p, p)
         shared = np.empty((*grid.shape, 1 + lower.shape[1]))
         forms = np.empty((k, *grid.shape, 1 + p))
-        ones = y.new_ones(self.n)
+        on = torch.nonzero(lower[0] == lower[1])[:, 0]
         for i, gamma in enumerate(grid.lineage.natural):
-            known = self._products(y, float(gamma), ones)
+            known = self._products(y, float(gamma))
             for j in range(grid.shape[1]):
                 root = self.roots[min(j, len(self.roots) - 1)]
                 values, vectors = torch.linalg.eigh(root.mT @ known.zz @ root)
@@ -154,68 +148,43 @@ class Tabulation:
                 zx, zy = turn @ known.zx, by_block(turn, known.zy)
                 weight = ratio / (1 + ratio * values)  # (columns, m)
                 shared[i, j, :, 0] = (known.log_det + torch.log1p(ratio * values).sum(-1)).cpu()
-                inner = known.xx - torch.einsum("rm,mp,mq->rpq", weight, zx, zx)
-                shared[i, j, :, 1:] = inner[:, lower[0], lower[1]].cpu()
+                inner = torch.linalg.cholesky(known.xx - torch.einsum("rm,mp,mq->rpq", weight, zx, zx))
+                packed = inner[:, lower[0], lower[1]]
+                packed[:, on] = packed[:, on].log()
+                shared[i, j, :, 1:] = packed.cpu()
                 forms[:, i, j, :, 0] = (known.yy - by_block(weight, zy.square()))[:, :k].mT.cpu()
-                for q in range(p):
-                    explained = by_block(weight, zy * zx[:, q, None])
-                    forms[:, i, j, :, 1 + q] = (known.xy[q] - explained)[:, :k].mT.cpu()
+                white = y.new_empty(p, len(ratio), zy.shape[1])
+                for q in range(p):  # forward substitution, one response like the other
+                    white[q] = known.xy[q] - by_block(weight, zy * zx[:, q, None])
+                    for r in range(q):
+                        white[q] -= inner[:, q, r, None] * white[r]
+                    white[q] /= inner[:, q, q, None]
+                    forms[:, i, j, :, 1 + q] = white[q, :, :k].mT.cpu()
         return shared, forms
 
-    def exact(self, y: Tensor, at: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Shared forms (1 + p (p + 1) / 2,) and those of responses y (k, 1 + p) at a point, with what each cell keeps for itself."""
-        grid, p = self.grid, self.design.shape[1]
-        gamma = max(math.exp(at[0]) - grid.lineage.base, 0.0)
-        ratio = max(math.exp(at[2]) - grid.columns.base, 0.0)
-        root, own = self._spectrum(at[1])
-        known = self._products(y, gamma, 1 / (1 + ratio * (own - own.mean())))
-        capacity = torch.eye(len(root)).to(root) + ratio * root.mT @ known.zz @ root
-        lower = torch.linalg.cholesky(capacity)
-        half = ratio**0.5 * torch.linalg.solve_triangular(lower, root.mT, upper=False)
-        zx, zy = half @ known.zx, by_block(half, known.zy)
-        i, j = torch.tril_indices(p, p)
-        log_det = known.log_det + 2 * lower.diagonal().log().sum()
-        shared = torch.cat([log_det[None], (known.xx - zx.mT @ zx)[i, j]])
-        forms = torch.cat([(known.yy - zy.square().sum(0))[:, None], (known.xy - by_block(zx.mT, zy)).mT], 1)
-        return shared.cpu().numpy(), forms[: y.shape[1]].cpu().numpy()
-
-    def _spectrum(self, lengthscale: float) -> tuple[Tensor, Tensor]:
-        """Root of the spectrum (m, m), and own variances (n,), of columns of unit variance at a log length-scale."""
-        if lengthscale not in self._at_lengthscale:
-            at = self.engine.like.new_tensor([math.exp(lengthscale)])
-            for component in self.components:
-                part, z = part_of(self.engine, component, at)
-                if z is not None:
-                    own = self.engine.like.new_zeros(1, self.n) if part.own is None else part.own
-                    self._at_lengthscale[lengthscale] = square_root(part)[0], own[0]
-        return self._at_lengthscale[lengthscale]
-
-    def _products(self, y: Tensor, gamma: float, precision: Tensor) -> _Products:
-        """Products of columns, design and responses with the inverse of `gamma A + diag(1 / precision)`.
+    def _products(self, y: Tensor, gamma: float) -> _Products:
+        """Products of columns, design and responses with the inverse of `gamma A + I`.
 
         Those of responses have zeros for as many more as fill the last block.
         """
+        ones = y.new_ones(self.n)
         factor: TreeFactor | Independent
         if self.tree is None or self.tree.walk is None:
-            factor = Independent(torch.zeros_like(precision), precision)
+            factor = Independent(torch.zeros_like(ones), ones)
         else:
             walk = self.tree.walk
-            factor = TreeFactor(
-                walk.plan, walk.gain, gamma * walk.noise.reshape(-1), torch.zeros_like(precision), precision
-            )
-        root = precision.sqrt()[:, None]
-        z, x = factor.whiten(root * self.columns), factor.whiten(root * self.design)
+            factor = TreeFactor(walk.plan, walk.gain, gamma * walk.noise.reshape(-1), torch.zeros_like(ones), ones)
+        z, x = factor.whiten(self.columns), factor.whiten(self.design)
         m, k = z.shape[1], COLUMNS * math.ceil(y.shape[1] / COLUMNS)
         zt, xt = z.mT, x.mT
         zy, xy, yy = y.new_empty(m, k), y.new_empty(x.shape[1], k), y.new_empty(k)
         for first in range(0, k, COLUMNS):
             some = y[:, first : first + COLUMNS]
             block = y.new_zeros(self.n, COLUMNS)
-            torch.mul(root, some, out=block[:, : some.shape[1]])
+            block[:, : some.shape[1]] = some
             white, here = factor.whiten(block, out=block), slice(first, first + COLUMNS)
             zy[:, here], xy[:, here], yy[here] = zt @ white, xt @ white, white.square().sum(0)
-        log_det = factor.log_det.reshape(()) - precision.log().sum()
-        return _Products(zt @ z, zt @ x, xt @ x, zy, xy, yy, log_det)
+        return _Products(zt @ z, zt @ x, xt @ x, zy, xy, yy, factor.log_det.reshape(()))
 
 
 def by_block(a: Tensor, b: Tensor) -> Tensor:
@@ -294,19 +263,4 @@ def interpolate(table, a, b, c, at):  # type: ignore[no-untyped-def]
         for z in range(nc):
             for r in range(q):
                 out[i, j, r] += wc[z] * line[z * q + r]
-    return out
-
-
-@numba.njit(cache=True, parallel=True, nogil=True)
-def contract(table, rows, a, b, c):  # type: ignore[no-untyped-def]
-    """Values (g, q) of some rows of `table` (k, na, nb, nc, q) at one point, from the weights of the nodes along each axis."""
-    out = np.zeros((len(rows), table.shape[4]))
-    for i in numba.prange(len(rows)):
-        for x in range(len(a)):
-            for y in range(len(b)):
-                w = a[x] * b[y]
-                if w != 0.0:
-                    for z in range(len(c)):
-                        for r in range(table.shape[4]):
-                            out[i, r] += w * c[z] * table[rows[i], x, y, z, r]
     return out

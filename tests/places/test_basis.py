@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cellfate.kernels.spatial import SPATIAL_KERNELS
-from cellfate.places.basis import LogChebyshev, field_basis, order_for, variance_left
+from cellfate.places.basis import field_basis, variance_left
+from cellfate.places.series import LogChebyshev, order_for
 
 LOWER, UPPER = 0.12, 0.9
 LENGTHSCALES = torch.tensor([LOWER, 0.31, UPPER], dtype=torch.float64)
