@@ -39,16 +39,16 @@ from cellfate.model.glmm import Data, Model
 from cellfate.model.partition import LATENT, partition, rows
 from cellfate.model.priors import parse_prior
 
-ORDERS = (27, 13, 33)  # nodes along the axes of the tables
+ORDERS = (23, 11, 27)  # nodes along the axes of the tables
 PILOT_ORDERS = (17, 17, 21)
-WIDE_ORDER = 19  # nodes over all length-scales that the data bound
+WIDE_ORDER = 17  # nodes over all length-scales that the data bound
 WINDOW = 3.0  # e-folds of length-scales that one set of tables holds, and half of that from one to the next
 ASIDE = (3.0, 4.0)  # sds of the pilot's log length-scale below and above its mode that have to be inside
 NARROWEST = 0.1  # of that sd, at least
 AT_ONCE = 64  # responses searched and integrated together
 MEMORY = 8e8  # bytes for tables
 MOST_EDGE = 0.005  # of a posterior next to the end of the tables, or the response is fitted by itself
-SETTLED = 1e-3  # nats that another step of the search may still bring
+SETTLED = 0.02  # nats that another step of the search may still bring: what is integrated does not depend on it
 
 
 Window = tuple[float, float] | None  # of length-scales

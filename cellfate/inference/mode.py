@@ -103,7 +103,7 @@ def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
 
 
 def _bounds(model: Model, u: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = zip(*(p.bounds for p in model.parameters), strict=True)
+    low, high = ([p.bounds[side] for p in model.parameters] for side in (0, 1))  # empty where all are held
     return u.new_tensor(low), u.new_tensor(high)
 
 

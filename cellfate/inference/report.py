@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from cellfate.errors import CellfateWarning
 from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior
@@ -95,7 +95,9 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
     if not all(found):
         return float("nan"), "ancestry and neighborhood are not both in the model"
     lineage, spatial = (np.sum(own, axis=0) for own in found)  # of every fate, where each has its own
-    correlation = float(spearmanr(lineage, spatial).statistic) if np.ptp(lineage) and np.ptp(spatial) else float("nan")
+    correlation = float("nan")
+    if np.ptp(lineage) and np.ptp(spatial):
+        correlation = float(np.corrcoef(rankdata(np.stack([lineage, spatial]), axis=1))[0, 1])  # Spearman's
     share = lineage / (lineage + spatial)
     width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
     if correlation < -0.6 and width > 0.5:

@@ -22,8 +22,13 @@ CHUNK = 2**19  # entries of cells x draws at once
 
 def summary(x: np.ndarray) -> tuple[float, float, float, float]:
     """Mean, sd and 95% interval of draws."""
-    lower, upper = np.quantile(x, [0.025, 0.975])
-    return float(x.mean()), float(x.std()), float(lower), float(upper)
+    return summaries(x[None])[0]
+
+
+def summaries(x: np.ndarray) -> list[tuple[float, float, float, float]]:
+    """Those of each row of x (k, draws)."""
+    lower, upper = np.quantile(x, [0.025, 0.975], axis=1)
+    return list(zip(*(part.tolist() for part in (x.mean(1), x.std(1), lower, upper)), strict=True))
 
 
 def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> dict[str, np.ndarray]:
@@ -103,10 +108,10 @@ def rows(
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
         total = sum(parts.values())
-        for component, draws in parts.items():
-            variance = draws if scale == REALIZED else draws / intercepts.get(component, 1.0)
-            for table, name, x in zip(tables, ("variance", "share"), (variance, draws / total), strict=True):
-                mean, sd, lower, upper = summary(x)
+        kept = [draws if scale == REALIZED else draws / intercepts.get(c, 1.0) for c, draws in parts.items()]
+        found = summaries(np.stack([*kept, *(draws / total for draws in parts.values())])) if parts else []
+        for component, *both in zip(parts, found[: len(parts)], found[len(parts) :], strict=True):
+            for table, name, (mean, sd, lower, upper) in zip(tables, ("variance", "share"), both, strict=True):
                 row = {"scale": scale, "response": response, "component": component, name: mean}
                 row |= {f"{name}_sd": sd, f"{name}_lower": lower, f"{name}_upper": upper}
                 for column, value in row.items():

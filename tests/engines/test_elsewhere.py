@@ -196,9 +196,9 @@ def test_new_positions_as_the_joint_covariance_has_them():
         mean, variance = joint(model, theta, i, "spatial", whole, np.arange(n), sites(n))
         close([x[i] for x in found], (mean[n:], variance[n:]))
     # columns of as many functions as cells are exact among the cells; in between they are as good as Nyström's formula is,
-    # and that is made at the reference length-scale, which is one of these points only nearly
+    # and that is made for a blend of length-scales, of which these points are but some
     inside = codes > 0  # a specimen of one cell has no columns
-    assert float((fast[0] - found[0])[:, inside].abs().max()) < 0.05 * float(found[1].max().sqrt())
+    assert float((fast[0] - found[0])[:, inside].abs().max()) < 0.1 * float(found[1].max().sqrt())
     assert float((fast[1] - found[1])[:, inside].abs().max()) < 0.05 * float(found[1].max())
 
 

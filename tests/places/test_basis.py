@@ -66,9 +66,11 @@ def test_what_is_left_out_restores_the_diagonal(name, rank):
     torch.testing.assert_close(captured, diagonal, rtol=0, atol=1e-10)
     torch.testing.assert_close(left_out + diagonal, diagonal.clamp(min=1), rtol=0, atol=1e-10)
     middle = torch.tensor(basis.reference, dtype=torch.float64)
-    torch.testing.assert_close(
-        basis.captured(middle) + basis.left_out(middle), torch.ones(150, dtype=torch.float64), rtol=0, atol=1e-8
-    )
+    # columns of a blend are not the leading ones of any of its parts: a few cells may have a little more than their variance
+    excess = basis.captured(middle) + basis.left_out(middle) - 1
+    assert float(excess.min()) > -1e-8
+    assert float(excess.mean()) < 0.005
+    assert float(excess.max()) < 0.1
     torch.testing.assert_close(variance_left(basis.phi, basis.spectrum(LENGTHSCALES)), left_out, rtol=0, atol=1e-10)
 
 
@@ -129,7 +131,7 @@ def test_landmarks_stand_for_uneven_cells():
     assert len(few.blocks[0].landmarks) == 300
     assert (np.array(few.errors) < 3 * np.array(full.errors)).all()
     assert few.error < 0.005
-    assert (np.array(few.truncated_share) < 3 * np.array(full.truncated_share)).all()
+    assert (np.array(few.truncated_share) - np.array(full.truncated_share) < 0.003).all()
     l = torch.tensor([0.2, 0.37, 0.6], dtype=torch.float64)
     smooth = few.phi @ few.spectrum(l) @ few.phi.T
     torch.testing.assert_close(few.captured(l), smooth.diagonal(dim1=-2, dim2=-1), rtol=0, atol=3e-5)
@@ -281,3 +283,15 @@ def test_a_series_is_exact_at_its_nodes_and_for_polynomials_of_the_logarithm():
     torch.testing.assert_close(series(nodes), values)
     l = torch.tensor([0.1, 0.77, 3.0], dtype=torch.float64)
     torch.testing.assert_close(series(l), torch.stack([l.log() ** k for k in range(5)], -1))
+
+
+def test_cells_far_from_all_others_have_their_part_of_a_long_lengthscale():
+    """Columns that are right for short length-scales alone are zero there, and leave such a cell all by itself."""
+    rng = np.random.default_rng(3)
+    xyz = np.concatenate([0.3 * rng.standard_normal((400, 2)), [[3.0, 3.0], [-3.0, 2.0], [2.5, -3.0]]])
+    basis = field_basis(xyz, MATERN32, 0.1, 3.0, rank=60)
+    at = torch.tensor([2.5], dtype=torch.float64)
+    left, k = basis.left_out(at)[0, -3:], exact(xyz, MATERN32, at)[0]
+    # given all other cells, a far one keeps this much of its variance to itself
+    alone = torch.stack([1 / torch.linalg.inv(k + 1e-9 * torch.eye(len(k)))[i, i] for i in (-3, -2, -1)])
+    assert (left < alone + 0.1).all()
