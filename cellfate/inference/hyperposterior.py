@@ -1,6 +1,6 @@
 """The hyperposterior: quasi-random points about the mode, evaluated as one batch and reweighted to the truth.
 
-The weights are importance ratios, Pareto-smoothed. Between the evaluated points the log ratio of posterior to proposal is smooth
+The weights are importance ratios, Pareto-smoothed. Between the evaluated points the log posterior is smooth
 (in coordinates in which an absent component is an ordinary point), so that many more draws than evaluations can be taken from an
 interpolant, once more batches have filled the gaps that matter. The interpolant's error at points left out is reported, and where
 it stays large the evaluated points are used alone.
@@ -37,10 +37,7 @@ FIELDS, FEWER = (
     6,
 )  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
 LARGEST_K = 0.7
-LARGEST_ERROR, DEAR_ERROR = (
-    0.3,
-    0.5,
-)  # of the interpolant, in log density: more points are placed while it is larger; where dear
+LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
 BEND, STRAIGHT = 2.0, 1e6  # posterior sds up to which an sd is taken as it is, and beyond which like its log; of others
 DEEP = 25.0  # nats below which a density is as good as none
@@ -118,7 +115,8 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         count = most = min(2 * most, 256)
         fill = int(FILL * count)
     else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
-        count, fill = (5 + 5 * d, 1 + d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
+        terms = (d + 1) * (d + 2) // 2  # of a quadratic
+        count, fill = (min(2 * terms, 10 + 6 * d), 1 + d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
     most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     proposals: list[FoldedT] = []
@@ -139,14 +137,13 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
     drawn = points
-    large = model.data.n > LARGE
-    enough, reach = (DEAR_ERROR, REACH) if large else (LARGEST_ERROR, np.inf)
-    settled = large and cloud.error <= enough  # where points are cheap, gaps are filled once at any rate
-    while not settled and np.isfinite(cloud.error) and len(points.u) < most:
+    reach = REACH if model.data.n > LARGE else np.inf
+    while np.isfinite(cloud.error) and len(points.u) < most:
         parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
         points = _Points.join(parts)
         cloud.fit(points)
-        settled = cloud.error <= enough
+        if cloud.error <= LARGEST_ERROR:
+            break
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
     points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
@@ -172,7 +169,7 @@ def _diagnosed(cloud: _Cloud) -> _Diagnostics:
 
 
 class _Cloud:
-    """Many draws of the proposals, weighted by an interpolant of the log ratio through the evaluated points."""
+    """Many draws of the proposals, weighted by an interpolant through the evaluated points."""
 
     def __init__(
         self, model: Model, mode: Mode, proposals: list[FoldedT], counts: list[int], rng: np.random.Generator
@@ -190,6 +187,7 @@ class _Cloud:
         # neighbors in space are neighbors in order, so that systematic resampling spreads over the space
         self._u = u[KDTree(self._whiten(u), leafsize=1).indices]
         self._z = self._whiten(self._u)
+        self._log_proposal, self._large = _mixture(proposals, counts, self._u), model.data.n > LARGE
         self.error, self.log_evidence, self.pareto_k, self.effective_draws = np.inf, np.nan, np.inf, 0.0
 
     def _whiten(self, u: np.ndarray) -> np.ndarray:
@@ -202,15 +200,22 @@ class _Cloud:
         return np.linalg.solve(self._scale, bent.T).T
 
     def fit(self, points: _Points) -> bool:
-        """Interpolate through `points`; False where there are too few."""
-        log_ratio = points.log_posterior - _mixture(self._proposals, self._counts, points.u)
-        good = np.isfinite(log_ratio)
+        """Interpolate through `points`; False where there are too few.
+
+        With many cells the log posterior is all but quadratic and points are few, so it is taken as it is; its ratio to the proposal,
+        which is flatter in the tails, serves better where points are many.
+        """
+        good = np.isfinite(points.log_posterior)
         if good.sum() < 4 * (len(self._centre) + 1):
             return False
+        proposal = _mixture(self._proposals, self._counts, points.u)
+        highest = (points.log_posterior - proposal)[good].max()
+        target = points.log_posterior if self._large else points.log_posterior - proposal
+        rest = self._log_proposal if self._large else 0.0
         rows, columns = np.tril_indices(points.beta.shape[1])
         # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
-        log_ratio = np.maximum(log_ratio, log_ratio[good].max() - DEEP)
-        values = np.column_stack([log_ratio[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
+        target = np.maximum(target, target[good].max() - DEEP)
+        values = np.column_stack([target[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
         self._distance, nearest = KDTree(self._whiten(points.u[good])).query(self._z)
         self.error, best = np.inf, None
         # which coordinates and which polynomial make a log density simple differs: the points decide
@@ -219,7 +224,7 @@ class _Cloud:
             for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
                 found = surface(cloud)
                 # where it extrapolates, the ratio is not trusted to be much above what was seen
-                log_weight = np.minimum(found[:, 0], log_ratio[good].max() + 1.0)
+                log_weight = np.minimum(found[:, 0] - rest, highest + 1.0)
                 smoothed, k = pareto_smooth(log_weight)
                 error = surface.error(np.bincount(nearest, np.exp(smoothed), minlength=len(z)))
                 if error < self.error:

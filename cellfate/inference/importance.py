@@ -111,7 +111,7 @@ class Surface:
     @staticmethod
     def degrees(points: int, d: int) -> tuple[int, ...]:
         """Degrees of the polynomial below that may be tried: a quadratic through hardly more points than its terms is noise."""
-        return (1, 2) if points >= (d + 1) * (d + 2) else (1,)
+        return (1, 2) if points >= 1.5 * (d + 1) * (d + 2) / 2 else (1,)
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         return self._interpolate(z)
