@@ -82,7 +82,8 @@ def main() -> None:
             args.figures.mkdir(parents=True, exist_ok=True)
             cf.pl.variance_shares(adata, show=False, save=args.figures / f"{name}_shares.png")
             cf.pl.posterior(adata, show=False, save=args.figures / f"{name}_posterior.png")
-            cf.pl.effects(adata, show=False, save=args.figures / f"{name}_effects.png")
+            if "spatial" in adata.obsm:
+                cf.pl.effects(adata, show=False, save=args.figures / f"{name}_effects.png")
 
 
 if __name__ == "__main__":

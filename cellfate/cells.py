@@ -26,7 +26,7 @@ class Cells:
     terms: tuple[str, ...]
     offset: np.ndarray  # (n,) float64, link scale
     trials: np.ndarray | None  # (n,) float64, binomial only
-    forest: Forest | None  # its leaves are these cells
+    forest: Forest | None  # these cells are among its leaves
     leaf: np.ndarray | None  # (n,) int64, node of each cell in the forest
     coordinates: np.ndarray | None  # (n, 2 or 3) float64
     specimen: np.ndarray  # (n,) int64 codes into `specimens`, zeros where there is one
@@ -34,7 +34,7 @@ class Cells:
     groups: dict[str, np.ndarray]  # name -> (n,) int64 codes into `group_levels[name]`
     group_levels: dict[str, tuple[str, ...]]
     kept: np.ndarray  # (n_obs,) bool, rows of the input that are here
-    levels: tuple[str, ...] | None  # bernoulli and ordinal: what 0, 1, ... stand for
+    levels: tuple[str, ...] | None  # bernoulli, ordinal, categorical: what 0, 1, ... stand for
     slopes: dict[str, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict
     )  # name -> codes and covariate, each (n,)

@@ -141,7 +141,9 @@ def _add_decompose(commands: Any) -> None:
     command.add_argument(
         "--lengthscale", type=float, default=ABSENT, help="hold the spatial length-scale at this value"
     )
-    command.add_argument("--min-cells", type=int, default=ABSENT, help="cells in which a gene has to be above zero")
+    command.add_argument(
+        "--min-cells", type=int, default=ABSENT, help="cells in which a gene has to be other than zero"
+    )
     command.add_argument(
         "--chunk-size", type=_count, metavar="N", default=ABSENT, help="fates that are read at once, or 'auto'"
     )

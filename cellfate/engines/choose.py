@@ -61,11 +61,19 @@ def choose(
     largest, count = dense.blocks.largest, dense.blocks.count
     blocks = "one block" if count == 1 else f"{count} independent blocks, the largest"
     needed = dense.bytes_per_point()
+    reason = "as asked for"
     if name == "auto" and refused is None:
         sweeps = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
         narrow = not sweeps.approximates and sweeps.width() < NARROW * largest
         enough = WITHOUT_FIELDS if narrow else DENSE_ENOUGH
-        name = "dense" if largest <= enough and needed <= free and rank is None else "structured"
+        if rank is not None and sweeps.approximates:
+            name, reason = "structured", f"a rank of {rank} was asked for"
+        elif largest > enough:
+            name, reason = "structured", "more than exact matrices are good for"
+        elif needed > free:
+            name, reason = "structured", "more than exact matrices have memory for"
+        else:
+            name = "dense"
     if name == "structured":
         structured = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
         if structured.bytes_per_point() > free:
@@ -73,7 +81,7 @@ def choose(
                 f"{n} cells with {structured.width()} columns need {structured.bytes_per_point() / 2**30:.1f} GiB, and "
                 f"{free / 2**30:.1f} GiB are at hand on {device}. Give a smaller `rank`, fewer cells, or a larger machine."
             )
-        return structured, f"structured: {n} cells in {blocks} of {largest}, more than exact matrices are good for"
+        return structured, f"structured: {n} cells in {blocks} of {largest}, {reason}"
     if needed > free:
         why = f"; engine='structured' cannot take this model: {refused}" if refused else "; use engine='structured'"
         raise DataError(

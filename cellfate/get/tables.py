@@ -61,7 +61,7 @@ def hyperparameters(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 
     Needs :func:`cellfate.tl.decompose`. Rows are those of `lengthscale_spatial` (units of the coordinates; hops on a graph), `alpha_lineage`
     (ou, with `half_life_lineage` = ln 2 / alpha, in units of branch length), `lambda_lineage` (pagel), `rate_lineage`
-    (early_burst) and `dispersion` (negative_binomial) that the model has; none for some. Intercepts and slopes that covary have
+    (early_burst), `dispersion` (negative_binomial), `precision` (beta) and `gap_<k>` (ordinal) that the model has; none for some. Intercepts and slopes that covary have
     `sd_<group>`, `sd_<group>:<column>` and `correlation_<group>`. One that was held has an interval of no width.
 
     Returns
@@ -173,8 +173,9 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
         Of the log posterior between the points at which it was evaluated, in nats; large means rough intervals.
     `evaluations`
         Points at which the free energy was computed.
-    `rank_spatial`, `truncated_share_spatial`
-        On a graph, how many modes make the field, and what share of its variance, at the length-scale of the mode, the others had.
+    `rank_spatial`, `truncated_share_spatial`, `covariance_error_spatial`
+        Where columns make the field: how many, what share of its variance they leave to the cells themselves (on a graph: leave
+        out), and, in the structured engine, the relative error of covariances between cells (Frobenius norm).
     `engine`, `engine_reason`, `seconds`
         What solved the Gaussian problems, why it was chosen, and the time of the whole fit.
     """
@@ -211,14 +212,14 @@ def correlations(adata: AnnData, key: str = _keys.CORRELATIONS) -> pd.DataFrame:
     Returns
     -------
     Columns `response`, `other`, `component` (``"lineage"``, ``"spatial"``, and ``"residual"`` of gaussian fates), `correlation` and
-    its standard error `se`; NaN where one of the two has none of that component.
+    its standard error `se`, NaN where one of the two has none of that component or the search found no maximum; `status` says so.
     """
     if key not in adata.uns or "correlation" not in adata.uns[key]:
         raise DataError(
             f"there are no correlations in adata.uns[{key!r}]. Run `cf.tl.correlate(adata, fates, ...)` first."
         )
     table = pd.DataFrame(adata.uns[key]).copy()
-    for column in ("response", "other", "component"):
+    for column in ("response", "other", "component", "status"):
         table[column] = table[column].astype(object)
     return table
 

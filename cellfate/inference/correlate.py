@@ -38,6 +38,7 @@ class Marginal:
     noise: Tensor
     roots: dict[str, Tensor]  # component -> symmetric root (n, n) of variance times kernel
     residual: float | None  # variance of a gaussian one
+    doubts: tuple[str, ...]
 
     @property
     def covariance(self) -> Tensor:
@@ -50,12 +51,21 @@ class Correlation:
 
     component: str
     estimate: float
-    se: float
+    se: float  # NaN where the search found no maximum
+    status: str
 
 
-def marginal(glmm: GLMM, name: str, y: np.ndarray, X: np.ndarray, offset: np.ndarray, terms: Sequence[str]) -> Marginal:
+def marginal(
+    glmm: GLMM,
+    name: str,
+    y: np.ndarray,
+    X: np.ndarray,
+    offset: np.ndarray,
+    terms: Sequence[str],
+    trials: np.ndarray | None = None,
+) -> Marginal:
     """Fit a response up to its mode."""
-    glmm.on(y, X, offset, terms=terms, response=name)
+    glmm.on(y, X, offset, trials=trials, terms=terms, response=name)
     model, engine, _ = glmm.problem
     if model.data.n > MOST_CELLS:
         raise NotImplementedError(
@@ -73,7 +83,10 @@ def marginal(glmm: GLMM, name: str, y: np.ndarray, X: np.ndarray, offset: np.nda
     seen = mode.sites.shift[0] / precision - fixed
     roots = {c.name: _root(model, terms_[c.name], c.name) for c in model.components}
     residual = float(theta.values["sd_residual"]) ** 2 if "sd_residual" in model.own else None
-    return Marginal(name, seen, 1 / precision, roots, residual)
+    doubts = [] if mode.converged else [f"the search for the mode of {name!r} stopped early ({mode.message})"]
+    if mode.at_bound:
+        doubts.append(f"the mode of {', '.join(mode.at_bound)} of {name!r} is at the bound of what the data can tell")
+    return Marginal(name, seen, 1 / precision, roots, residual, tuple(doubts))
 
 
 def _root(model: Model, term: Term, name: str) -> Tensor:
@@ -103,6 +116,7 @@ def correlations(one: Marginal, other: Marginal) -> list[Correlation]:
     }  # fmt: skip
     names = [name for name in shared if name not in absent]
     found = dict.fromkeys(shared, (math.nan, math.nan))
+    doubts = [*one.doubts, *other.doubts]
     if names:
         z = torch.cat([one.seen, other.seen])
         n, first, second = len(one.seen), one.covariance, other.covariance
@@ -126,10 +140,19 @@ def correlations(one: Marginal, other: Marginal) -> list[Correlation]:
         bend = np.array(
             [(negative(best.x + step * e)[1] - negative(best.x - step * e)[1]) / (2 * step) for e in np.eye(len(names))]
         )
-        spread = np.sqrt(np.maximum(np.diag(np.linalg.inv((bend + bend.T) / 2)), 0.0))
+        values, vectors = np.linalg.eigh((bend + bend.T) / 2)
+        if values[0] > 0 and np.isfinite(best.fun):
+            spread = np.sqrt((vectors**2 / values).sum(1))
+        else:
+            spread = np.full(len(names), math.nan)
+            doubts.append("the search ended where the posterior has no maximum")
         for name, a, sd in zip(names, best.x, spread, strict=True):
             found[name] = (math.tanh(a), float(sd * (1 - math.tanh(a) ** 2)))
-    return [Correlation(name, *pair) for name, pair in found.items()]
+    said = "; ".join(doubts) or "converged"
+    return [
+        Correlation(name, *pair, f"{name!r} is absent from one of the two" if name in absent else said)
+        for name, pair in found.items()
+    ]
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -140,6 +163,6 @@ def check_names(names: Sequence[str]) -> None:
 
 def table_of(found: Mapping[tuple[str, str], Sequence[Correlation]]) -> dict[str, list]:
     """Columns of a tidy table, a row per pair and component."""
-    rows = [(*pair, c.component, c.estimate, c.se) for pair, some in found.items() for c in some]
-    columns = ("response", "other", "component", "correlation", "se")
+    rows = [(*pair, c.component, c.estimate, c.se, c.status) for pair, some in found.items() for c in some]
+    columns = ("response", "other", "component", "correlation", "se", "status")
     return {column: [row[i] for row in rows] for i, column in enumerate(columns)}

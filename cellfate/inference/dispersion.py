@@ -39,19 +39,18 @@ class Trend:
     a1: float
     sd: float
 
-    def at(self, counts: np.ndarray, offset: np.ndarray | None) -> float:
+    def at(self, counts: np.ndarray) -> float:
         """Expected for a response (n,)."""
-        return self.a0 + self.a1 / mean_count(counts, offset)
+        return self.a0 + self.a1 / mean_count(counts)
 
-    def prior(self, counts: np.ndarray, offset: np.ndarray | None) -> tuple[str, float, float]:
+    def prior(self, counts: np.ndarray) -> tuple[str, float, float]:
         """As a prior of the dispersion."""
-        return ("lognormal", self.at(counts, offset), self.sd)
+        return ("lognormal", self.at(counts), self.sd)
 
 
-def mean_count(counts: np.ndarray, offset: np.ndarray | None) -> float:
-    """Counts per cell of average exposure; a response without any has the smallest that could have been seen."""
-    exposure = np.ones_like(counts) if offset is None else np.exp(offset)
-    return float(max(counts.sum(), 0.5) / exposure.sum() * exposure.mean())
+def mean_count(counts: np.ndarray) -> float:
+    """Counts per cell, which is also the rate times the mean exposure; one without any has the smallest that could be seen."""
+    return float(max(counts.sum(), 0.5) / len(counts))
 
 
 def dispersion_trend(
@@ -65,7 +64,7 @@ def dispersion_trend(
 ) -> Trend | None:
     """The trend over the responses that `read` gives by chunks; None where too few can be estimated."""
     means = np.concatenate(
-        [[math.nan if isinstance(y, DataError) else mean_count(y, offset) for y in read(part)] for part in parts]
+        [[math.nan if isinstance(y, DataError) else mean_count(y) for y in read(part)] for part in parts]
     )
     usable = np.flatnonzero(np.isfinite(means))
     ranked = usable[np.lexsort((np.asarray(names, dtype=str)[usable], means[usable]))]

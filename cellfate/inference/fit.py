@@ -156,7 +156,7 @@ class GLMM:
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
         self.engine_name, self.rank = engine, rank
-        self._engine: tuple[Engine, str] | None = None
+        self._engine: tuple[Engine, str, tuple[int, tuple[str, ...]]] | None = None  # and for what it was made
         self._problem: tuple[Model, Engine, str] | None = None
 
     def fit(
@@ -208,7 +208,7 @@ class GLMM:
             shares=shares,
             fixed_effects=fixed_effects(told, names),
             draws=all_draws(told, names, scales[LATENT]),
-            effects={name: x for name, x in told.effects.items() if not name.startswith(FIXED)},
+            effects={name: x for name, x in told.effects.items() if name.split("[")[0] != FIXED},
             mode=mode_values(model, mode),
             free_energy=mode.free_energy,
             log_evidence=posterior.log_evidence,
@@ -379,6 +379,7 @@ class GLMM:
             raise DataError(
                 "family='categorical' takes no trials (give a matrix of counts) and no offset, which all fates would share."
             )
+        check_single_cells(self.components, self.family, None)
         weights = fates.weights_of(response, y)
         n, copies = len(weights), weights.shape[1] - 1
         rows_ = np.arange(n)
@@ -395,9 +396,11 @@ class GLMM:
         return model, *self._chosen(components, len(seen))
 
     def _chosen(self, components: Sequence[Component], n: int) -> tuple[Engine, str]:
-        if self._engine is None or self._engine[0].n != n:
-            self._engine = choose(self.engine_name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
-        return self._engine
+        made_for = (n, tuple(c.name for c in components))
+        if self._engine is None or self._engine[2] != made_for:
+            made = choose(self.engine_name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
+            self._engine = *made, made_for
+        return self._engine[:2]
 
     def with_priors(self, priors: Mapping[str, object]) -> GLMM:
         """The same model with these priors in place of its own where they are of one name; what is made for one serves both."""
@@ -409,7 +412,8 @@ class GLMM:
         """The same model for several responses of its cells, which keeps what one may take over from another."""
         other = copy(self)
         engine, why = self._chosen(self.components, self.components[0].kernel.n)
-        other._engine, other._problem = (engine.shared(), why), None
+        assert self._engine is not None
+        other._engine, other._problem = (engine.shared(), why, self._engine[2]), None
         return other
 
     def _tensor(self, x: np.ndarray) -> torch.Tensor:

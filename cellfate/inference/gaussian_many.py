@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from cellfate.kernels.spatial import SpatialKernel
 from cellfate.model.catalog import get_family
 from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
-from cellfate.model.partition import LATENT, partition, rows
+from cellfate.model.partition import LATENT, REALIZED, partition, rows
 from cellfate.model.priors import parse_prior
 
 ORDERS = (23, 11, 27)  # nodes along the axes of the tables
@@ -215,9 +215,13 @@ class Together:
             self._alone = glmm.shared()
         with one_of_many(), warnings.catch_warnings():
             warnings.simplefilter("ignore", CellfateWarning)  # kept in its status
-            return self._alone.fit(
+            fit = self._alone.fit(
                 y, self.design, self.offset, terms=self.terms, response=name, rng=named_generator(seed, name)
             )
+        components, shares = (
+            {k: _not_realized(table, x) for k, x in table.items()} for table in (fit.components, fit.shares)
+        )
+        return replace(fit, components=components, shares=shares, effects={})  # what its company has
 
     # -- where to look -------------------------------------------------------------------------------------------------
 
@@ -372,7 +376,7 @@ def _assembled(
         realized={},
         log_evidence=log_evidence,
         pareto_k=float(pareto_k),
-        interpolation_error=0.0,
+        interpolation_error=math.nan,  # of the tables it is not known response by response
         effective_draws=effective(log_weight),
         evaluations=SCOUTS + CLOUD,
         unsettled=0,
@@ -396,6 +400,10 @@ def _assembled(
         log_evidence=log_evidence,
         diagnostics=diagnostics,
     )
+
+
+def _not_realized(table: Mapping[str, list], column: list) -> list:
+    return [x for x, scale in zip(column, table["scale"], strict=True) if scale != REALIZED]
 
 
 def _mode(posteriors: Posteriors, i: int, k: int, modes: Modes) -> Mode:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,15 @@ LARGEST_CHUNK = 4096
 ENOUGH = 20  # gaussian responses from which on they share tables
 
 
-Column = np.ndarray | DataError  # (n,), or what is wrong with it
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A response of levels: `y` (n,) are their places in `levels`."""
+
+    y: np.ndarray
+    levels: tuple[str, ...]
+
+
+Column = np.ndarray | Coded | DataError  # (n,), or what is wrong with it
 Read = Callable[[slice], Sequence[Column]]  # the responses at these places, which are read when they are needed
 
 
@@ -111,6 +119,7 @@ def _fit_together(
         try:
             if isinstance(column, DataError):
                 raise column
+            assert not isinstance(column, Coded)  # measurements have no levels
             check_response(column, np.arange(len(column)), name, kind="real", trials=None)
             usable[i] = column
         except DataError as error:
@@ -135,20 +144,30 @@ def _fit_one(
 ) -> GLMMFit | Failure:
     if isinstance(column, DataError):
         return Failure(name, str(column))
+    column, levels = (column.y, column.levels) if isinstance(column, Coded) else (column, None)
     if trend is not None:
-        glmm = glmm.with_priors({DISPERSION: trend.prior(column, offset)})
+        glmm = glmm.with_priors({DISPERSION: trend.prior(column)})
     try:
         with one_of_many(), warnings.catch_warnings():
             warnings.simplefilter("ignore", CellfateWarning)  # of thousands; each is in the status of its fit
             fit = glmm.fit(
-                column, X, offset, trials=trials, terms=terms, response=name, rng=named_generator(seed, name)
+                column,
+                X,
+                offset,
+                trials=trials,
+                terms=terms,
+                levels=levels,
+                response=name,
+                rng=named_generator(seed, name),
             )
     except (DataError, ArithmeticError, ValueError, RuntimeError) as error:  # linear algebra raises the last two
         logger.debug("%s failed", name, exc_info=True)
         return Failure(name, f"{type(error).__name__}: {error}" if not isinstance(error, DataError) else str(error))
+    if levels is not None:
+        fit = replace(fit, diagnostics=fit.diagnostics | {"levels": ", ".join(levels)})
     if trend is None:
         return fit
-    return replace(fit, diagnostics=fit.diagnostics | {"dispersion_trend": trend.at(column, offset)})
+    return replace(fit, diagnostics=fit.diagnostics | {"dispersion_trend": trend.at(column)})
 
 
 def summarized(found: Sequence[GLMMFit | Failure]) -> Mapping[str, list[str]]:

@@ -68,7 +68,9 @@ def _best_start(model: Model, engine: Engine, rule: Rule, first: Tensor) -> tupl
     """The best of a few values of each kernel hyperparameter: the likelihood can have a mode in each of several length-scales."""
     points = [first]
     for i, parameter in enumerate(model.parameters):
-        if parameter.shapes_kernel:
+        if (
+            parameter.scale in ("log", "logit") and parameter.name not in model.own
+        ):  # a kernel's: a length-scale, a rate, a weight
             low, high = parameter.bounds
             for share in SHAPES:
                 points.append(first.clone())

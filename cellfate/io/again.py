@@ -38,7 +38,7 @@ def reading(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     out: dict[str, Any] = {name: _object(name, params, again) for name in OBJECTS}
     if graph_field and out["niche"] is None:
         out["graph"] = None  # `spatial` names it
-    for name in ("family", "formula", "lineage_kernel", "spatial_kernel", "library_key"):
+    for name in ("family", "layer", "formula", "lineage_kernel", "spatial_kernel", "library_key"):
         if name in params:
             out[name] = str(params[name])
     columns, formulas = (np.atleast_1d(params.get(f"group_{x}", [])) for x in ("columns", "formulas"))

@@ -25,9 +25,8 @@ from cellfate.io.columns import (
 from cellfate.io.design import columns_of, design_matrix, separating
 from cellfate.io.groups import check_not_one_each, read_groups
 from cellfate.io.lineage import Ancestry, check_specimens, find_ancestry, match
-from cellfate.io.many import read_trials
 from cellfate.io.neighbors import graph_of_field, has_graph, read_graph, read_niche
-from cellfate.io.responses import Response, read_response
+from cellfate.io.responses import Response, read_response, read_trials
 from cellfate.model.checks import check_finite, check_log_offset, find_family, warn_of_two_dispersions
 from cellfate.trees.forest import Forest, examples
 
@@ -75,7 +74,7 @@ def read_cells(
         forest, leaf, kept = match(ancestry, names)
     names = names[kept]
     if fate is None:
-        shared = read_trials(adata, trials, kept) if kind == "successes" else None
+        shared = read_trials(adata, trials, kept, "the fates")[0] if kind == "successes" else None
         response = Response(np.full(int(kept.sum()), np.nan), shared, None)
     else:
         response = read_response(adata, fate, kind=kind, trials=trials, kept=kept, layer=layer)

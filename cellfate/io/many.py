@@ -12,8 +12,9 @@ from scipy import sparse
 
 from cellfate._runtime import logger
 from cellfate.errors import DataError
+from cellfate.inference.many import Coded, Column
 from cellfate.io.columns import instead
-from cellfate.io.responses import read_response
+from cellfate.io.responses import ordered, read_response, read_trials
 from cellfate.model.checks import check_finite, check_response
 from cellfate.trees.forest import examples
 
@@ -39,7 +40,7 @@ class Fates:
     def only_genes(self) -> bool:
         return bool((self.genes >= 0).all())
 
-    def read(self, part: slice) -> list[np.ndarray | DataError]:
+    def read(self, part: slice) -> list[Column]:
         """The fates at these places as a family takes them, each (n,); in place of one that it cannot take, the reason."""
         places = range(*part.indices(len(self.names)))
         genes = [int(self.genes[i]) for i in places if self.genes[i] >= 0]
@@ -49,29 +50,23 @@ class Fates:
             column = dict(zip(genes, values.T, strict=True))
         return [self._checked(self.names[i], column.get(int(self.genes[i]))) for i in places]
 
-    def _checked(self, name: str, values: np.ndarray | None) -> np.ndarray | DataError:
+    def _checked(self, name: str, values: np.ndarray | None) -> Column:
         try:
             if values is None:
-                return read_response(self.adata, name, kind=self.kind, trials=self.trials, kept=self.kept).y
+                found = read_response(self.adata, name, kind=self.kind, trials=self.trials, kept=self.kept)
+                return found.y if found.levels is None else Coded(found.y, found.levels)
             label, cells = f"gene {name!r}", self.adata.obs_names[self.kept].to_numpy()
             check_finite(values, cells, label, "Leave those cells out.")
             if self.kind == "binary" and not np.isin(values, (0.0, 1.0)).all():
                 raise DataError(f"{label} is not 0 and 1, which family='bernoulli' wants. Use another family or layer.")
             if self.kind == "levels":
-                values = np.unique(values, return_inverse=True)[1].astype(np.float64)
-            trials = read_trials(self.adata, self.trials, self.kept) if self.kind == "successes" else None
+                found = ordered(pd.Series(values, index=cells), label)
+                return Coded(found.y, found.levels or ())
+            trials = read_trials(self.adata, self.trials, self.kept, label)[0] if self.kind == "successes" else None
             check_response(values, cells, label, kind=self.kind, trials=trials)
             return np.ascontiguousarray(values)
         except DataError as error:
             return error
-
-
-def read_trials(adata: AnnData, trials: Any, kept: np.ndarray) -> np.ndarray:
-    """Trials of the kept cells, the same for every fate."""
-    if trials is None:
-        raise DataError("family='binomial' needs `trials`, the number of tries of each cell, the same for all fates.")
-    total = adata.obs[trials].to_numpy() if isinstance(trials, str) else trials
-    return np.broadcast_to(np.asarray(total, dtype=np.float64), adata.n_obs)[kept]
 
 
 def matrix_of(adata: AnnData, layer: str | None) -> Any:
@@ -115,7 +110,9 @@ def find_fates(
     trials: Any,
     kept: np.ndarray,
 ) -> Fates:
-    """The fates called so, each an obs column or a gene; with None all genes that are above zero in `min_cells` cells."""
+    """The fates called so, each an obs column or a gene; with None all genes that are not zero in `min_cells` cells."""
+    if trials is not None and kind != "successes":
+        raise DataError("trials was given, but only family='binomial' has trials. Leave it out or use 'binomial'.")
     if fates is None:
         return _all_genes(adata, layer, min_cells, kind, trials, kept)
     if not isinstance(fates, list | tuple | np.ndarray | pd.Index | pd.Series):
@@ -165,10 +162,10 @@ def _all_genes(adata: AnnData, layer: str | None, min_cells: int, kind: str, tri
             np.asarray((block != 0).sum(axis=0)).ravel() if sparse.issparse(block) else np.count_nonzero(block, axis=0)
         )
     where = np.flatnonzero(seen >= max(min_cells, 1))
-    logger.info("%d of %d genes are above zero in at least %d cells", len(where), adata.n_vars, min_cells)
+    logger.info("%d of %d genes are not zero in at least %d cells", len(where), adata.n_vars, min_cells)
     if not len(where):
         raise DataError(
-            f"no gene is above zero in min_cells={min_cells} of {int(kept.sum())} cells; the most is {int(seen.max(initial=0))}. "
+            f"no gene is other than zero in min_cells={min_cells} of {int(kept.sum())} cells; the most is {int(seen.max(initial=0))}. "
             "Lower `min_cells`, or look at the layer."
         )
     names = tuple(str(name) for name in adata.var_names[where])

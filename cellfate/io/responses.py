@@ -70,6 +70,10 @@ def read_response(
 ) -> Response:
     """The fate of the kept cells, as a family of this kind takes it."""
     if kind == "fates" and isinstance(fate, str) and fate in adata.obsm:
+        if trials is not None or layer is not None:
+            raise DataError(
+                f"fate {fate!r} is a matrix in obsm: it has no trials of its own and no layer. Leave them out."
+            )
         return _weights(adata, fate, kept)
     column_, label = find_fate(adata, fate, layer)
     values, names = column_[kept], adata.obs_names[kept].to_numpy()
@@ -84,7 +88,7 @@ def read_response(
         return _binary(values, label)
     if kind in ("levels", "fates"):
         check_present(values, label, remedy)
-        return _ordered(values, label) if kind == "levels" else _unordered(values, label)
+        return ordered(values, label) if kind == "levels" else _unordered(values, label)
     response = numbers(values, label, _not_numbers(values, kind))
     check_finite(response, names, label, remedy)
     if kind not in ("real", "successes", "count", "proportion"):
@@ -158,7 +162,7 @@ def _weights(adata: AnnData, fate: str, kept: np.ndarray) -> Response:
     return Response(y, None, tuple(names or map(str, range(y.shape[1]))))
 
 
-def _ordered(values: pd.Series, label: str) -> Response:
+def ordered(values: pd.Series, label: str) -> Response:
     """Levels in the order of a categorical, or of whole numbers."""
     names = values.index.to_numpy()
     if isinstance(values.dtype, pd.CategoricalDtype):
@@ -200,6 +204,11 @@ def _trials(adata: AnnData, successes: np.ndarray, label: str, trials: Any, kept
         label,
         "For binomial the fate is the number of successes; a proportion has to be multiplied by its trials.",
     )
+    return read_trials(adata, trials, kept, label)
+
+
+def read_trials(adata: AnnData, trials: Any, kept: np.ndarray, label: str) -> tuple[np.ndarray, str]:
+    """Trials of the kept cells, which any fate of them has, and what to call them."""
     if trials is None:
         raise DataError(
             f"{label}: family='binomial' needs `trials`, the number of tries of each cell. Give an obs column, "

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 FEW_DRAWS = 200  # kept of each response, where there are many
 
 
-def check_free(adata: AnnData, key: str) -> None:
-    """Refuse a `key_added` whose slots hold something that is not an earlier fit."""
+def check_name(key: Any) -> None:
+    """Is this a name that a file can hold?"""
     if not isinstance(key, str) or not key or "/" in key:
         raise DataError(f"key_added is {key!r}, wanted a name without '/'.")
+
+
+def check_free(adata: AnnData, key: str) -> None:
+    """Refuse a `key_added` whose slots hold something that is not an earlier fit."""
+    check_name(key)
     held = adata.uns.get(key)
     ours = isinstance(held, Mapping) and _keys.PARAMS in held and _keys.COMPONENTS in held
     if held is not None and not ours:
@@ -45,15 +50,13 @@ def check_free(adata: AnnData, key: str) -> None:
 def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: Mapping[str, Any]) -> None:
     """Write a fit to `uns[key]` and `obsm[f"{key}_effects"]`; cells that were left out get NaN."""
     fit = _without_slashes(fit)
-    own(adata)
-    _clear(adata, key)
     effects = pd.DataFrame(index=adata.obs_names)
     for name, (mean, sd) in fit.effects.items():
         for column, values in ((f"{name}_mean", mean), (f"{name}_sd", sd)):
             full = np.full(adata.n_obs, np.nan)
             full[cells.kept] = values
             effects[column] = full
-    adata.uns[key] = {
+    tables = {
         _keys.PARAMS: _plain(params),
         _keys.COMPONENTS: pd.DataFrame(fit.components),
         _keys.SHARES: pd.DataFrame(fit.shares),
@@ -64,6 +67,9 @@ def write_results(adata: AnnData, key: str, cells: Cells, fit: GLMMFit, params: 
         _keys.LOG_EVIDENCE: float(fit.log_evidence),
         _keys.DIAGNOSTICS: _plain(fit.diagnostics),
     }
+    own(adata)
+    _clear(adata, key)
+    adata.uns[key] = tables
     adata.obsm[_keys.effects(key)] = effects
 
 
@@ -83,9 +89,7 @@ def write_many(
         return whole.astype({"response": str}) if len(whole) else whole
 
     shares = stacked(f.shares for f in fits)
-    own(adata)
-    _clear(adata, key)
-    adata.uns[key] = {
+    tables = {
         _keys.PARAMS: _plain(params),
         _keys.COMPONENTS: stacked(f.components for f in fits),
         _keys.SHARES: shares,
@@ -93,6 +97,7 @@ def write_many(
         _keys.DRAWS: named({name: x[:FEW_DRAWS] for name, x in f.draws.items()} for f in fits),
         _keys.RESPONSES: _responses(found),
     }
+    of_genes = None
     if genes is not None and fits:
         latent = shares[shares["scale"] == "latent"]
         table = latent.pivot_table(index="response", columns="component", values="share", observed=True)
@@ -100,7 +105,12 @@ def write_many(
         table = table[list(dict.fromkeys(order))].reindex(adata.var_names)
         table.columns = table.columns.astype(str)
         table.columns.name = table.index.name = None
-        adata.varm[_keys.shares(key)] = table
+        of_genes = table
+    own(adata)
+    _clear(adata, key)
+    adata.uns[key] = tables
+    if of_genes is not None:
+        adata.varm[_keys.shares(key)] = of_genes
 
 
 def _responses(found: Sequence[GLMMFit | Failure]) -> pd.DataFrame:
@@ -132,6 +142,10 @@ def _clear(adata: AnnData, key: str) -> None:
     for slot, where in ((_keys.effects(key), adata.obsm), (_keys.shares(key), adata.varm)):
         if slot in where:
             del where[slot]
+    for graph in getattr(adata, "obst", {}).values():  # of ancestors that were predicted from the earlier fit
+        for _, data in graph.nodes(data=True):
+            for name in _keys.node_attributes(key):
+                data.pop(name, None)
 
 
 def write_table(adata: AnnData, key: str, name: str, table: pd.DataFrame) -> None:

@@ -62,6 +62,8 @@ class Intercepts(Kernel):
         return self.codes if self.one_each else None
 
     def geometry(self, cells: Tensor) -> tuple[Tensor, int]:
+        if not self.one_each:
+            raise NotImplementedError("intercepts are columns: they have no geometry.")
         return cells, self.n
 
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:

@@ -226,6 +226,12 @@ class Clone(LineageKernel):
         other.__dict__["_founder"] = np.tile(self._founder, count)  # of a single tree, which is one no longer
         return other
 
+    def at(self, cells: np.ndarray) -> LineageKernel:
+        other = super().at(cells)
+        above = self.forest.is_above(self.leaf[cells])
+        other.__dict__["_founder"] = self._founder[above]  # fewer branches must not make other clones
+        return other
+
     def independent(self) -> np.ndarray:
         return self._clone[self.leaf]
 

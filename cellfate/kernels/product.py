@@ -48,6 +48,10 @@ class Product(Kernel):
     names: tuple[str, str] = ("lineage", "spatial")
 
     def __post_init__(self) -> None:
+        if self.one.holds_variance or self.other.holds_variance:
+            raise NotImplementedError(
+                "a product with intercepts and slopes that covary is not there yet: give `Intercepts` or `Slopes`."
+            )
         if self.one.n != self.other.n:
             raise DataError(
                 f"a product of kernels over {self.one.n} and {self.other.n} cells. Give two over the same cells."

@@ -107,7 +107,7 @@ class Family(ABC):
     links: ClassVar[tuple[str, ...]]
     parameter: ClassVar[str | None] = None  # the natural name of `phi`
     several: ClassVar[bool] = False  # whether `phi` has an axis of its own
-    kind: ClassVar[str]  # what a response has to be: real, binary, successes, count, levels, proportion
+    kind: ClassVar[str]  # what a response has to be: real, binary, successes, count, levels, proportion, fates
     quadratic: ClassVar[bool] = False  # whether the log-density is, so that a Gaussian absorbs it all
 
     def __init__(self, link: str | None = None) -> None:

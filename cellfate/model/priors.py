@@ -172,11 +172,6 @@ class Parameter:
     lower: float = 0.0  # bounds of x within which the mode is sought
     upper: float = math.inf
 
-    @property
-    def shapes_kernel(self) -> bool:
-        """Whether it is a kernel's own hyperparameter: a length-scale, a rate, a mixing weight."""
-        return self.scale in ("log", "logit") and self.name not in ("sd_residual", "dispersion")
-
     def natural(self, u: Tensor) -> Tensor:
         if self.scale == "sd":
             return u.abs()

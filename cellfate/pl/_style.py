@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -128,6 +129,18 @@ def interval(middle: float, lower: float, upper: float) -> str:
 def link_units(params: dict[str, Any], response: str) -> str:
     """Return what an effect is measured in, for a label."""
     return LINK_UNITS.get(str(params.get("link")), "link scale").format(response=response)
+
+
+def one_response(of_rows: pd.Series, wanted: str | None) -> str:
+    """The response to draw."""
+    found = [str(name) for name in dict.fromkeys(of_rows)]
+    if wanted is None and len(found) == 1:
+        return found[0]
+    if wanted not in found:
+        raise ValueError(
+            f"response is {wanted!r}: name one of the {len(found)} responses of the fit, such as {found[:3]}."
+        )
+    return str(wanted)
 
 
 def finish(figure: Figure, *, given_ax: bool, show: bool | None, save: str | Path | None) -> None:

@@ -26,14 +26,15 @@ def posterior(
     *,
     quantity: str = "sd",
     components: Sequence[str] | None = None,
+    response: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
     """Draw the posterior density of each component's standard deviation or share, with median and 95% interval.
 
-    Needs :func:`cellfate.tl.decompose`. Every curve is drawn to its own height, and a long tail is cut at its 99%
-    quantile. The bar under a curve is the equal-tailed 95% interval, from the 2.5% to the 97.5% quantile of the draws.
+    Needs :func:`cellfate.tl.decompose`. Every curve is drawn to its own height, and a long tail is cut a little
+    beyond the widest interval. The bar under a curve is the equal-tailed 95% interval, from the 2.5% to the 97.5% quantile of the draws.
     A density that leans on zero says that the data do not rule the component out and do not show it either.
 
     Parameters
@@ -44,6 +45,8 @@ def posterior(
         ``"sd"`` (default) or ``"variance"`` on link scale, ``"share"`` of the latent variance, ``"lengthscale"``.
     components
         Which components; all that have draws by default.
+    response
+        Which of many responses; needed where there is more than one.
     ax, show, save
         As in :func:`cellfate.pl.variance_shares`.
 
@@ -54,8 +57,12 @@ def posterior(
     import matplotlib
     import matplotlib.pyplot as plt
 
-    draws, table = _pick(get.draws(adata, key), quantity, components), get.components(adata, key)
-    response = str(table["response"].iloc[0])
+    table = get.components(adata, key)
+    response = _style.one_response(table["response"], response)
+    table, draws = table[table["response"] == response], get.draws(adata, key)
+    if "response" in draws:
+        draws = draws[draws["response"] == response].drop(columns="response").dropna(axis=1, how="all")
+    draws = _pick(draws, quantity, components)
     units = _style.link_units(get.params(adata, key), response)
     label = {
         "sd": f"standard deviation ({units})",
@@ -89,8 +96,9 @@ def _pick(draws: pd.DataFrame, quantity: str, components: Sequence[str] | None) 
 
 
 def _draw(ax: Axes, draws: pd.DataFrame, *, upper: float) -> None:
-    # As far as the 99% quantile of the widest: beyond, a tail would press everything else together.
-    high, low = draws.quantile(0.99).max() * 1.02, draws.quantile(0.01).min() * 0.9
+    # A little beyond the widest interval, and no further than draws reach: a long tail would press everything else together.
+    high = min(draws.quantile(0.99).max() * 1.02, draws.quantile(0.975).max() * 1.2)
+    low = draws.quantile(0.01).min() * 0.9
     grid = np.linspace(0.0 if low < 0.3 * high else low, upper if high > 0.7 * upper else high, GRID)
     names = list(draws)
     colors = _style.colors(names)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellfate import _keys, get
+from cellfate._runtime import logger
 from cellfate.pl import _style
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 BAR = 0.72  # height of a bar, in rows
 GAP = 0.9  # rows between responses
+MOST = 24  # responses that a page holds
 
 
 def variance_shares(
@@ -26,7 +28,7 @@ def variance_shares(
     show: bool | None = None,
     save: str | Path | None = None,
 ) -> Axes:
-    """Draw the mean shares as one stacked bar per response, and under it each component's mean and 95% interval.
+    """Draw the mean shares as one stacked bar per response, of many the first 24, and under it each component's mean and 95% interval.
 
     Needs :func:`cellfate.tl.decompose`. Intervals are equal-tailed, from the 2.5% to the 97.5% quantile of the draws. A
     negative share, which only the realized scale has (ancestry and neighborhood that offset each other), hangs to the
@@ -54,6 +56,9 @@ def variance_shares(
 
     table = get.components(adata, key, scale=scale)
     blocks = list(table.groupby("response", sort=False))
+    if len(blocks) > MOST:
+        logger.info("the first %d of %d responses are drawn", MOST, len(blocks))
+        blocks = blocks[:MOST]
     rows = sum(1 + len(block) for _, block in blocks) + GAP * (len(blocks) - 1)
     with matplotlib.rc_context(_style.STYLE):
         given = ax is not None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError, unknown
+from cellfate.inference.fit import GLMMFit
 from cellfate.kernels.base import Component
 from cellfate.kernels.graph import Composition, Graph
 from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
@@ -16,6 +19,7 @@ from cellfate.kernels.product import Product
 from cellfate.kernels.spatial import SPATIAL_KERNELS, SpatialKernel
 from cellfate.trees.forest import Forest
 
+COARSE = 0.2  # share of a field's variance that its modes may leave out without a warning
 FAR = 5.0  # times the extent, or below the distance of neighbors, that a length-scale may be held at
 INTERACTION = "lineage:spatial"
 OLRE = "olre"  # the observation-level random effect; "observation" is the name of a scale
@@ -135,3 +139,22 @@ def _warn_of_lambda(cells: Cells, lineage_kernel: str) -> None:
             CellfateWarning,
             stacklevel=4,
         )
+
+
+def with_truncation(fit: GLMMFit, components: Sequence[Component]) -> tuple[GLMMFit, str]:
+    """The fit with a note of what the modes of a graph leave out, at the length-scale of the mode, and the doubt if it is much."""
+    doubt = ""
+    for name, kernel in ((c.name, c.kernel) for c in components):
+        if isinstance(kernel, Graph):
+            rank, share = len(kernel.modes.values), kernel.truncated(fit.mode[f"lengthscale_{name}"])
+            found = fit.diagnostics | {f"rank_{name}": rank, f"truncated_share_{name}": share}
+            if share > COARSE:
+                doubt = (
+                    f"component {name!r}: {rank} modes of the graph leave out {share:.0%} of the variance that a field of this "
+                    "length-scale has among these cells, its finest detail: what is estimated is the smoother rest. Give a larger "
+                    "`rank` for more."
+                )
+                said = [] if found["status"] == "converged" else [found["status"]]
+                found["status"] = "; ".join([*said, doubt.removesuffix(".")])
+            fit = replace(fit, diagnostics=found)
+    return fit, doubt

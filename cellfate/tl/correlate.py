@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from cellfate import _keys
@@ -13,11 +14,13 @@ from cellfate._runtime import one_of_many, progress
 from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.correlate import check_names, correlations, marginal, table_of
 from cellfate.inference.fit import GLMM
+from cellfate.inference.many import Coded
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
-from cellfate.io.store import own
+from cellfate.io.store import check_name, own
 from cellfate.tl.components import check_kernels, components_of
+from cellfate.trees.forest import examples
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -115,9 +118,21 @@ def correlate(
         for name, column in zip(found.names, found.read(slice(None)), strict=True):
             if isinstance(column, DataError):
                 raise column
-            marginals.append(marginal(glmm, name, column, cells.design, cells.offset, cells.terms))
+            y = column.y if isinstance(column, Coded) else column
+            marginals.append(marginal(glmm, name, y, cells.design, cells.offset, cells.terms, cells.trials))
     pairs = [(one, other) for i, one in enumerate(marginals) for other in marginals[i + 1 :]]
     values = {(a.name, b.name): correlations(a, b) for a, b in progress(pairs, desc="pairs", unit="pair")}
+    doubtful = [
+        f"{a} and {b}"
+        for (a, b), some in values.items()
+        if any(c.status != "converged" and np.isfinite(c.estimate) for c in some)
+    ]
+    if doubtful:
+        warnings.warn(
+            f"{len(doubtful)} of {len(values)} pairs are in doubt: {examples(doubtful)}. See `status` in `cf.get.correlations`.",
+            CellfateWarning,
+            stacklevel=2,
+        )
     adata = adata.copy() if copy else adata
     own(adata)
     adata.uns[key_added] = pd.DataFrame(table_of(values))
@@ -125,6 +140,7 @@ def correlate(
 
 
 def _check_free(adata: AnnData, key: str) -> None:
+    check_name(key)
     held = adata.uns.get(key)
     if held is not None and not (isinstance(held, pd.DataFrame) and "correlation" in held):
         raise DataError(

@@ -13,7 +13,7 @@ from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning
-from cellfate.inference.fit import GLMM, GLMMFit
+from cellfate.inference.fit import GLMM
 from cellfate.io.again import named, noted_groups
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
@@ -22,13 +22,10 @@ from cellfate.io.groups import TAKEN
 from cellfate.io.many import find_fates
 from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_many, write_results
-from cellfate.kernels.base import Component
-from cellfate.kernels.graph import Graph
-from cellfate.tl.components import check_kernels, components_of
+from cellfate.tl.components import check_kernels, components_of, with_truncation
 from cellfate.tl.many import fit_all
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
-COARSE = 0.2  # share of a field's variance that its modes may leave out without a warning
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +76,7 @@ def decompose(
     ----------
     fate
         A column of `adata.obs`, or one gene of `adata.var_names`. Or a list of them, each a response with hyperparameters of its
-        own; or None for all genes that are above zero in `min_cells` cells.
+        own; or None for all genes that are not zero in `min_cells` cells.
     layer
         Where genes are read, in place of `adata.X`. Of many genes only a chunk is dense at a time; `X` may be on disk.
     family, link
@@ -264,7 +261,9 @@ def decompose(
             response=fate,
             rng=rng,
         )
-        fit = _with_truncation(fit, components)
+        fit, doubt = with_truncation(fit, components)
+        if doubt:
+            warnings.warn(doubt, CellfateWarning, stacklevel=2)
         adata = adata.copy() if copy else adata
         write_results(adata, key_added, cells, fit, params)
     else:
@@ -305,19 +304,3 @@ def _with_specimens(cells: Cells, groups: Any, formula: str, lineage_kernel: str
 def _same_split(one: np.ndarray, other: np.ndarray) -> bool:
     pairs = len(np.unique(np.column_stack([one, other]), axis=0))
     return pairs == len(np.unique(one)) == len(np.unique(other))
-
-
-def _with_truncation(fit: GLMMFit, components: list[Component]) -> GLMMFit:
-    """The fit with a note of what the modes of a graph leave out, at the length-scale of the mode."""
-    for name, kernel in ((c.name, c.kernel) for c in components):
-        if isinstance(kernel, Graph):
-            rank, share = len(kernel.modes.values), kernel.truncated(fit.mode[f"lengthscale_{name}"])
-            fit = replace(fit, diagnostics=fit.diagnostics | {f"rank_{name}": rank, f"truncated_share_{name}": share})
-            if share > COARSE:
-                warnings.warn(
-                    f"component {name!r}: {rank} modes of the graph leave out {share:.0%} of the variance that a field of this "
-                    "length-scale has among these cells, its finest detail: what is estimated is the smoother rest. Give a larger `rank` for more.",
-                    CellfateWarning,
-                    stacklevel=3,
-                )
-    return fit

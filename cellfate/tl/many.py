@@ -13,6 +13,7 @@ from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.inference.many import fit_many, summarized
 from cellfate.io.design import columns_of
 from cellfate.io.many import Fates
+from cellfate.tl.components import with_truncation
 from cellfate.trees.forest import examples
 
 
@@ -42,6 +43,7 @@ def fit_all(
             chunk_size=chunk_size,
         )
     )
+    found = [one if isinstance(one, Failure) else with_truncation(one, glmm.components)[0] for one in found]
     which = summarized(found)
     if len(which["failed"]) == len(found):
         first = next(one for one in found if isinstance(one, Failure))

@@ -102,6 +102,7 @@ def predict(
     if isinstance(target, str) and target not in (ANCESTORS, GRID):
         raise unknown("target", target, (ANCESTORS, GRID))
     params = get.params(adata, key)
+    get.diagnostics(adata, key)  # of many fates there are none, and it says what to do
     of_nodes = isinstance(target, str) and target == ANCESTORS
     _check_target(params, of_nodes, target, library, size)
     handed = {

@@ -276,10 +276,14 @@ class Forest:
 
     def above(self, nodes: np.ndarray) -> tuple[Forest, np.ndarray]:  # (k,) -> (k,)
         """The forest of some nodes and all their ancestors, as they are, and where in it the nodes are."""
+        forest, index = self._of(self.is_above(nodes), self.parent, self.branch_length)
+        return forest, index[nodes]
+
+    def is_above(self, nodes: np.ndarray) -> np.ndarray:  # (k,) -> (nodes,) bool
+        """Which nodes are some of these or their ancestors."""
         kept = np.zeros(self.n_nodes, dtype=bool)
         kept[nodes] = True
-        forest, index = self._of(self._with_ancestors(kept), self.parent, self.branch_length)
-        return forest, index[nodes]
+        return self._with_ancestors(kept)
 
     def _with_ancestors(self, kept: np.ndarray) -> np.ndarray:  # (nodes,) bool -> (nodes,) bool
         alive = kept.tolist()

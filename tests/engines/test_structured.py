@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import cellfate as cf
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import DataError
@@ -237,3 +238,16 @@ def test_what_a_basis_misses_is_reported():
         assert found["rank_spatial"] <= rank
         assert (found["truncated_share_spatial"] > 0.06) == doubtful
         assert bool(doubts) == doubtful or rank > 4
+
+
+def test_another_design_over_the_same_cells_is_seen():
+    """What a first response left in the engine is not what a second one is fitted with."""
+    rng = np.random.default_rng(2)
+    forest = to_forest(random_newick([f"c{i}" for i in range(30)], rng))
+    kernels = {"lineage": Brownian(forest, forest.nodes_of(np.array([f"c{i}" for i in range(30)])))}
+    y, designs = rng.normal(size=30), [np.column_stack([np.ones(30), rng.normal(size=30)]) for _ in range(2)]
+    theta = {"variance_lineage": 0.7, "variance_residual": 0.4}
+    kept = cf.GLMM("gaussian", kernels, engine="structured")
+    for x in (*designs, designs[0][:, :1]):
+        again = cf.GLMM("gaussian", kernels, engine="dense").evaluate(theta, y, x).free_energy
+        assert kept.evaluate(theta, y, x).free_energy == pytest.approx(again, rel=1e-10)

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cellfate.errors import DataError
 from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
+from cellfate.kernels.product import Product
+from cellfate.kernels.spatial import Matern32
 from tests.problem import double, entries
 
 GROUPS = {
@@ -120,3 +123,20 @@ def test_perfectly_correlated_and_absent_ones_have_a_gradient():
         structure = kernel.structure(dict(zip(("sd", "slope", "correlation"), values, strict=True)), double(0.0))
         structure.spectrum.sum().backward()
         assert all(bool(v.grad.isfinite()) for v in values)
+
+
+def test_a_product_with_intercepts():
+    """Cells are alike where they are of one batch and near: a block of the field's covariance for each batch."""
+    codes, xyz = np.array([0, 0, 1, 1, 1, 0]), np.random.default_rng(0).normal(size=(6, 2))
+    field = Matern32(xyz, lengthscale=0.7)
+    product = Product(Intercepts(codes), field, ("batch", "spatial"))
+    values = {"lengthscale_spatial": torch.tensor([0.7], dtype=torch.float64)}
+    like = torch.empty(0, dtype=torch.float64)
+    cells = torch.arange(6)[None]
+    found = product.structure(values, like).dense(product.geometry(cells)).reshape(6, 6)
+    alone = (
+        field.structure({"lengthscale": values["lengthscale_spatial"]}, like).dense(field.geometry(cells)).reshape(6, 6)
+    )
+    np.testing.assert_allclose(found, alone * torch.as_tensor(np.equal.outer(codes, codes)))
+    with pytest.raises(NotImplementedError, match="covary"):
+        Product(CorrelatedSlopes(codes, xyz[:, 0]), field)

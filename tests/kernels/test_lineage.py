@@ -247,3 +247,16 @@ def test_a_tree_without_lengths_above_the_cells_says_nothing():
 
 def test_every_lineage_kernel_is_named():
     assert set(LINEAGE_KERNELS.values()) == set(LineageKernel.__subclasses__())
+
+
+def test_clones_stay_what_they_were_where_cells_are_left_out():
+    """Of ((a, b), (c, d)) without c and d one branch is left below the root: a and b are one clone still, and two copies are two."""
+    forest = to_forest("((a:1,b:1)x:1,(c:1,d:1)y:1);")
+    kernel = Clone(forest, forest.nodes_of(np.array(["a", "b", "c", "d"])))
+    some = kernel.at(np.array([0, 1, 2]))
+    assert len(np.unique(some.independent())) == 2
+    np.testing.assert_array_equal(
+        kernel.at(np.array([0, 1])).independent()[0], kernel.at(np.array([0, 1])).independent()[1]
+    )
+    copied = kernel.copied(2).at(np.array([0, 1, 2, 4, 5, 6]))
+    assert len(np.unique(copied.independent())) == 4

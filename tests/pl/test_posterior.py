@@ -1,12 +1,13 @@
 """Densities keep their mass and show no bumps that are not there; medians and intervals are those of the draws."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import cellfate as cf
 from cellfate.pl import _style
 from cellfate.pl.posterior import density
-from tests.pl.helpers import whiskers
+from tests.pl.helpers import two_responses, whiskers
 from tests.synthetic import synthetic_result
 
 
@@ -96,3 +97,13 @@ def test_no_curve_runs_into_the_heading():
 )
 def test_intervals_have_as_many_decimals_as_they_need(numbers, text):
     assert _style.interval(*numbers) == text
+
+
+def test_of_many_responses_one_has_to_be_named():
+    adata = two_responses()
+    draws = cf.get.draws(adata)
+    names = list(dict.fromkeys(cf.get.components(adata)["response"]))
+    adata.uns["cellfate"]["draws"] = pd.concat([draws.assign(response=n) for n in names], ignore_index=True)
+    with pytest.raises(ValueError, match="name one of the 2 responses"):
+        cf.pl.posterior(adata, show=False)
+    assert cf.pl.posterior(adata, response=names[1], show=False) is not None

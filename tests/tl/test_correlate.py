@@ -65,7 +65,9 @@ def test_it_is_the_mode_of_the_written_likelihood():
         for _ in range(2)
     ]
     seen, noise = rng.normal(size=(2, n)), rng.uniform(0.5, 1, size=(2, n))
-    pair = [Marginal(f"r{i}", torch.as_tensor(seen[i]), torch.as_tensor(noise[i]), roots[i], None) for i in range(2)]
+    pair = [
+        Marginal(f"r{i}", torch.as_tensor(seen[i]), torch.as_tensor(noise[i]), roots[i], None, ()) for i in range(2)
+    ]
     estimates = {c.component: c.estimate for c in correlations(*pair)}
 
     def value(rho):
@@ -119,3 +121,25 @@ def test_wrong_input_is_named(embryo, fates, more, text):
 def test_without_a_table_it_says_what_to_run():
     with pytest.raises(DataError, match=r"Run `cf\.tl\.correlate"):
         cf.get.correlations(cf.datasets.simulate(20, rng=0))
+
+
+def test_successes_have_their_trials(embryo):
+    adata = embryo.copy()
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        adata.obs[name] = rng.binomial(10, 1 / (1 + np.exp(-adata.obs["a0"] + adata.obs["a0"].mean()))).astype(float)
+    adata.obs["tries"] = 10
+    cf.tl.correlate(adata, ["one", "two"], family="binomial", trials="tries", lengthscale=0.5)
+    table = cf.get.correlations(adata).set_index("component")
+    assert table.loc["lineage", "correlation"] > 0.5
+    assert set(table["status"]) <= {"converged", *(s for s in table["status"] if "absent" in s)}
+
+
+def test_no_maximum_is_no_certainty():
+    """Where the search cannot have ended at a maximum the error is unknown, and it is said."""
+    one = torch.eye(3, dtype=torch.float64)
+    part = Marginal(
+        "a", torch.ones(3, dtype=torch.float64), torch.full((3,), 1e-12), {"x": one}, None, ("stopped early",)
+    )
+    (found,) = correlations(part, part)
+    assert "stopped early" in found.status

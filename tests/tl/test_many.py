@@ -170,7 +170,7 @@ def test_a_new_fit_takes_the_place_of_all_that_an_earlier_one_wrote(embryo, fitt
         (["gene1"], {"chunk_size": 0}, "chunk_size is 0"),
         (["fate"], {}, "layer 'counts' was given, but no fate is a gene"),
         (["gene1", "fate"], {"formula": "~ 1 + fate"}, "also in the formula or groups: 'fate'"),
-        (None, {"min_cells": 1000}, "no gene is above zero in min_cells=1000"),
+        (None, {"min_cells": 1000}, "no gene is other than zero in min_cells=1000"),
         ("gene1", {"layer": "count"}, "there is no layer 'count'"),
     ],
 )
@@ -204,3 +204,26 @@ def test_many_measurements_share_tables_and_fail_apart():
     theirs = cf.get.components(alone).set_index("component")["share"]
     assert (mine - theirs).abs().max() < 0.03
     assert status.loc["7", "log_evidence"] == pytest.approx(alone.uns["cellfate"]["log_evidence"], abs=0.1)
+
+
+def test_levels_are_told(embryo):
+    adata = embryo.copy()
+    adata.obs["kind"] = np.resize(["b", "a", "c"], N)
+    adata.obs["sort"] = np.resize(["x", "y", "z", "x"], N)
+    cf.tl.decompose(adata, ["kind", "sort"], family="categorical", spatial=None, rng=0)
+    assert cf.get.responses(adata).set_index("response")["levels"].to_dict() == {"kind": "a, b, c", "sort": "x, y, z"}
+    assert "Intercept[a]" in set(cf.get.fixed_effects(adata)["term"])
+
+
+@pytest.mark.parametrize(
+    ("trials", "text"), [("nowhere", "no obs column 'nowhere'"), ([1, 2], "trials"), (2.5, "whole|2.5")]
+)
+def test_trials_of_many_are_checked_as_those_of_one(embryo, trials, text):
+    adata = embryo.copy()
+    with pytest.raises(DataError, match=text):
+        cf.tl.decompose(adata, ["gene0", "gene1"], family="binomial", trials=trials, layer="counts", rng=0)
+
+
+def test_trials_without_successes_are_refused(embryo):
+    with pytest.raises(DataError, match="only family='binomial' has trials"):
+        cf.tl.decompose(embryo.copy(), ["gene0", "gene1"], **SETTINGS, trials=10)

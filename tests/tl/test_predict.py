@@ -453,3 +453,27 @@ def test_nothing_is_said_twice(recwarn):
     recwarn.clear()
     cf.tl.predict(adata, "ancestors", rng=0)
     assert [w for w in recwarn if issubclass(w.category, CellfateWarning)] == []
+
+
+def test_a_gene_is_read_from_its_layer_again():
+    adata = embryo()
+    adata.layers["other"] = adata.X.copy()
+    adata.X = np.full(adata.shape, 0.5)  # no counts: reading these would not even work
+    fitted(adata, fate="elt-2", family="poisson", layer="other")
+    agree(at_cells(adata), cf.get.effects(adata), "lineage", rtol=0.2)
+
+
+def test_of_many_fates_there_is_nothing_to_predict_from():
+    adata = embryo()
+    cf.tl.decompose(adata, ["elt-2", "pha-4"], family="poisson", lengthscale=30.0, rng=0)
+    with pytest.raises(DataError, match=r"cf\.get\.responses"):
+        cf.tl.predict(adata, "ancestors")
+
+
+def test_a_new_fit_takes_the_old_ancestors_away():
+    adata = tree_data(to_graph(to_forest(one_tree())))
+    fitted(adata)
+    cf.tl.predict(adata, "ancestors", rng=0)
+    assert "cellfate_lineage_mean" in adata.obst["tree"].nodes["zygote"]
+    fitted(adata)
+    assert not any("cellfate_lineage_mean" in data for _, data in adata.obst["tree"].nodes(data=True))
