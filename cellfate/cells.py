@@ -111,3 +111,11 @@ class Cells:
     def n_specimens(self) -> int:
         """How many specimens; 1 where there is no `library_key`."""
         return len(self.specimens)
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A response of levels: `y` (n,) are their places in `levels`."""
+
+    y: np.ndarray
+    levels: tuple[str, ...]

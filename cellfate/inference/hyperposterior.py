@@ -40,7 +40,7 @@ LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
 BEND, STRAIGHT = 2.0, 1e6  # posterior sds up to which an sd is taken as it is, and beyond which like its log; of others
-DEEP = 25.0  # nats below which a density is as good as none
+DEEP, SHALLOW = 25.0, 12.0  # nats below which a density is as good as none; where points are few
 USELESS = 1.0  # error from which on the interpolant is not used at all
 ROUNDS = 3  # of proposals
 
@@ -119,34 +119,42 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         count, fill = (min(2 * terms, 10 + 6 * d), 1 + d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
     most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
+    reach = REACH if model.data.n > LARGE else np.inf
     proposals: list[FoldedT] = []
-    parts: list[_Points] = []
     counts: list[int] = []
     kept: list[float] = []  # share of the draws that lies within the bounds
+    drawn: list[_Points] = []
+    filled: list[_Points] = []
     while True:
         proposals.append(FoldedT(location, INFLATE * scale, folded))
         u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))
         kept.append(len(u) / (4 * count))
         u = u[: count - fill]
         counts.append(len(u))
-        parts.append(_evaluate(model, engine, rule, mode, u, rng))
-        points = _Points.join(parts)
+        drawn.append(_evaluate(model, engine, rule, mode, u, rng))
+        points = _Points.join(drawn + filled)
         cloud = _Cloud(model, mode, proposals, counts, rng)
-        if not cloud.fit(points) or cloud.pareto_k <= LARGEST_K or len(proposals) == ROUNDS:
+        last, off = len(proposals) == ROUNDS, False
+        if cloud.fit(points):
+            while np.isfinite(cloud.error) and len(points.u) < most:
+                off = cloud.pareto_k > LARGEST_K
+                if off and not last:
+                    break
+                filled.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
+                points = _Points.join(drawn + filled)
+                cloud.fit(points)
+                off = cloud.pareto_k > LARGEST_K
+                if cloud.error <= LARGEST_ERROR:
+                    break
+        if last or not off:
             break
         location, scale = cloud.moments()  # the proposal was off: move it to where the weight is
 
-    drawn = points
-    reach = REACH if model.data.n > LARGE else np.inf
-    while np.isfinite(cloud.error) and len(points.u) < most:
-        parts.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
-        points = _Points.join(parts)
-        cloud.fit(points)
-        if cloud.error <= LARGEST_ERROR:
-            break
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
-    points = drawn  # the points that fill gaps are no draws of a proposal, and have no weight of their own
+    points = _Points.join(
+        drawn
+    )  # the points that fill gaps are no draws of a proposal, and have no weight of their own
     log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf, neginf=-np.inf)
     log_weight, k = pareto_smooth(log_ratio)
     chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
@@ -205,26 +213,33 @@ class _Cloud:
         With many cells the log posterior is all but quadratic and points are few, so it is taken as it is; its ratio to the proposal,
         which is flatter in the tails, serves better where points are many.
         """
-        good = np.isfinite(points.log_posterior)
-        if good.sum() < 4 * (len(self._centre) + 1):
-            return False
+        seen = np.isfinite(points.log_posterior)
         proposal = _mixture(self._proposals, self._counts, points.u)
-        highest = (points.log_posterior - proposal)[good].max()
-        target = points.log_posterior if self._large else points.log_posterior - proposal
+        log_ratio = np.where(seen, points.log_posterior - proposal, -np.inf)
+        target = points.log_posterior if self._large else log_ratio
+        highest = target[seen].max(initial=-np.inf)
+        # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
+        target, needed = np.maximum(target, highest - DEEP), 4 * (len(self._centre) + 1)
+        if seen.sum() < needed:
+            return False
+        lowest = min(highest - SHALLOW, np.sort(target[seen])[-needed]) if self._large else -np.inf
+        good = seen & (target >= lowest)
         rest = self._log_proposal if self._large else 0.0
         rows, columns = np.tril_indices(points.beta.shape[1])
-        # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
-        target = np.maximum(target, target[good].max() - DEEP)
         values = np.column_stack([target[good], points.beta[good], points.beta_factor[good][:, rows, columns]])
         self._distance, nearest = KDTree(self._whiten(points.u[good])).query(self._z)
+        # where it extrapolates, the ratio is not trusted to be much above what was seen, there or near
+        cap = np.full(len(self._z), log_ratio[seen].max() + 1.0)
+        if self._large:
+            far, any_nearest = KDTree(self._whiten(points.u[seen])).query(self._z)
+            cap = np.minimum(cap, log_ratio[seen][any_nearest] + 0.5 + far)
         self.error, best = np.inf, None
         # which coordinates and which polynomial make a log density simple differs: the points decide
         for coordinates in (self._whiten, self._bend):
             z, cloud = coordinates(points.u[good]), coordinates(self._u)
             for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
                 found = surface(cloud)
-                # where it extrapolates, the ratio is not trusted to be much above what was seen
-                log_weight = np.minimum(found[:, 0] - rest, highest + 1.0)
+                log_weight = np.minimum(found[:, 0] - rest, cap)
                 smoothed, k = pareto_smooth(log_weight)
                 error = surface.error(np.bincount(nearest, np.exp(smoothed), minlength=len(z)))
                 if error < self.error:

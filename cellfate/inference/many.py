@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cellfate._runtime import logger, named_generator, one_of_many, progress
+from cellfate.cells import Coded
 from cellfate.errors import CellfateWarning, DataError, Failure
 from cellfate.inference.arrays import numbers, term_names
 from cellfate.inference.dispersion import DISPERSION, FEWEST, Trend, dispersion_trend
@@ -26,14 +27,6 @@ from cellfate.model.checks import check_design, check_response
 CHUNK_BYTES = 2.5e8  # of dense columns at once
 LARGEST_CHUNK = 4096
 ENOUGH = 20  # gaussian responses from which on they share tables
-
-
-@dataclass(frozen=True, eq=False)
-class Coded:
-    """A response of levels: `y` (n,) are their places in `levels`."""
-
-    y: np.ndarray
-    levels: tuple[str, ...]
 
 
 Column = np.ndarray | Coded | DataError  # (n,), or what is wrong with it

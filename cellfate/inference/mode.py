@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,10 @@ CONVERGED_GAIN = 1e-5  # nats that another step would bring
 LONGEST_STEP = 1.0  # in units: of the response's scale for an sd, e-folds for a length-scale
 MAX_STEPS, MAX_HALVINGS = 100, 12
 LARGE = 6_000  # cells from which on a gradient is dear, and the posterior so narrow that less of it will do
-LARGE_GAIN = 0.5  # nats that the last step, which is not looked back on, may bring there: one posterior sd
+LARGE_GAIN = (
+    0.2  # nats that the last step, which is not looked back on, may bring there: by a curvature that is a guess
+)
+AGAIN = 0.3  # nats that a step by the curvature itself may still bring: above, the search goes on with that
 PILOT_GAIN = 0.05  # the same, where a mode is only where to begin from
 FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
@@ -91,8 +93,7 @@ def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
     integrated = model.reml or not model.data.terms  # a flat slope may run away on a few cells
     if engine.points_at_once(MEMORY) >= FEW or not len(model.parameters) or not integrated:
         return _best_start(model, engine, rule, model.start())
-    # at random, or cells that come in turns would be thinned to one of them; the seed only makes a fit repeatable
-    some = np.sort(np.random.default_rng(0).permutation(model.data.n)[: model.data.n // THIN])
+    some = model.data.some(model.data.n // model.data.copies // THIN)
     thin = model.at(some)
     small = engine.at(thin.components, some)
     u = _ascend(thin, small, rule, *_start(thin, small, rule), PILOT_GAIN).u
@@ -125,13 +126,16 @@ class _Ascent:
     message: str
 
 
-def _ascend(model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, enough: float) -> _Ascent:
-    """BFGS from an average-information matrix, each point warm-started from the last."""
+def _ascend(
+    model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, enough: float, known: Tensor | None = None
+) -> _Ascent:
+    """BFGS from a curvature that is `known`, or an average-information matrix; each point is warm-started from the last."""
     unit, count, tolerance = _unit(model, u), 1, max(COARSE, LARGE_COARSE * (model.data.n > LARGE))
     low, high = _bounds(model, u)
     converged, message, idle = False, "too many steps", 0
     here, value, gradient = log_posterior(model, engine, u[None], rule, start=sites, tolerance=tolerance)
-    curvature = _average_information(model, here, u) * unit * unit[:, None]  # from here on in units
+    curvature = _average_information(model, here, u) if known is None else known
+    curvature = curvature * unit * unit[:, None]  # from here on in units
     sites = here.fit.sites
     del here  # its matrices are as large as those of the next point
     for _ in range(MAX_STEPS):
@@ -194,21 +198,32 @@ def find_mode(
         sites = evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
-    gradient, approximate = u, None
-    if len(u):
-        if gain is None:
-            gain = LARGE_GAIN if model.data.n > LARGE else CONVERGED_GAIN
-        found = _ascend(model, engine, rule, u, sites, gain)
-        u, gradient, sites = found.u, found.gradient, found.sites
-        approximate = found.curvature if model.data.n > LARGE else None
-        count, converged, message = found.evaluations, found.converged, found.message
-        bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
-        at_bound = tuple(
-            p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
-        )
-    tolerance = LARGE_COARSE if model.data.n > LARGE else TIGHT / 10
-    final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=tolerance)
-    hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient, approximate)
+    gradient, guess, large = u, None, model.data.n > LARGE
+    known: Tensor | None = None
+    while True:
+        if len(u):
+            enough = (LARGE_GAIN if large else CONVERGED_GAIN) if gain is None else gain
+            found = _ascend(model, engine, rule, u, sites, enough, known)
+            u, gradient, sites, guess = found.u, found.gradient, found.sites, found.curvature
+            count, converged, message = count + found.evaluations, found.converged, found.message
+        if not large or not len(u):
+            final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
+            hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient)
+            break
+        if gain is not None:  # only where to begin from
+            final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=LARGE_COARSE)
+            hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient, guess)
+            break
+        final, _, slope = log_posterior(model, engine, u[None], rule, start=sites, tolerance=COARSE)
+        hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, slope[0], None, guess)
+        # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
+        if known is not None or _promised(hessian, slope[0]) < AGAIN:
+            break
+        known, sites = hessian, final.fit.sites
+    bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
+    at_bound = tuple(
+        p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
+    )
     return Mode(
         u=u,
         free_energy=float(final.free_energy),
@@ -224,6 +239,14 @@ def find_mode(
         converged=converged,
         message=message,
     )
+
+
+def _promised(curvature: Tensor, slope: Tensor) -> float:
+    """Nats that a Newton step would bring; infinite where there is no maximum near."""
+    values, vectors = torch.linalg.eigh(curvature)
+    if float(values[0]) <= 0:
+        return float("inf")
+    return 0.5 * float(((vectors.mT @ slope).square() / values).sum())
 
 
 def _bfgs(curvature: Tensor, step: Tensor, change: Tensor) -> Tensor:
@@ -275,13 +298,16 @@ def _derivatives(
     here: Evaluation,
     gradient: Tensor,
     curvature: Tensor | None = None,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Negative Hessian of the log posterior and slopes of the posterior moments, by one-sided differences as one batch.
 
-    A `curvature` that is good enough is taken as it is.
+    A `curvature` that is good enough is taken as it is; steps are no longer than a `guess` of it says that a posterior sd is.
     """
     d, n = len(u), model.data.n
     step = 0.02 * _unit(model, u)
+    if guess is not None:
+        step = torch.minimum(step, guess.diagonal().clamp(min=1e-12).rsqrt())
     step = torch.where(u + step > _bounds(model, u)[1], -step, step)  # beyond a bound there may be nothing
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
     for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():

@@ -11,8 +11,8 @@ import pandas as pd
 from scipy import sparse
 
 from cellfate._runtime import logger
+from cellfate.cells import Coded
 from cellfate.errors import DataError
-from cellfate.inference.many import Coded, Column
 from cellfate.io.columns import instead
 from cellfate.io.responses import ordered, read_response, read_trials
 from cellfate.model.checks import check_finite, check_response
@@ -40,7 +40,7 @@ class Fates:
     def only_genes(self) -> bool:
         return bool((self.genes >= 0).all())
 
-    def read(self, part: slice) -> list[Column]:
+    def read(self, part: slice) -> list[np.ndarray | Coded | DataError]:
         """The fates at these places as a family takes them, each (n,); in place of one that it cannot take, the reason."""
         places = range(*part.indices(len(self.names)))
         genes = [int(self.genes[i]) for i in places if self.genes[i] >= 0]
@@ -50,7 +50,7 @@ class Fates:
             column = dict(zip(genes, values.T, strict=True))
         return [self._checked(self.names[i], column.get(int(self.genes[i]))) for i in places]
 
-    def _checked(self, name: str, values: np.ndarray | None) -> Column:
+    def _checked(self, name: str, values: np.ndarray | None) -> np.ndarray | Coded | DataError:
         try:
             if values is None:
                 found = read_response(self.adata, name, kind=self.kind, trials=self.trials, kept=self.kept)

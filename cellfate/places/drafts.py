@@ -18,7 +18,7 @@ RESOLVED = (
 STEP = 32  # the rank is a multiple
 NATS, FINE = (
     0.1,
-    512,
+    1024,
 )  # that truncated directions may cost of the log evidence, and columns up to which more are taken for it
 BLENDED = 4  # length-scales between the bounds whose covariances are blended
 CHUNK = 2**20  # entries of a covariance at a time: they stay in cache, and memory is columns, not landmarks

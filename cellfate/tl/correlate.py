@@ -11,10 +11,10 @@ import pandas as pd
 
 from cellfate import _keys
 from cellfate._runtime import one_of_many, progress
+from cellfate.cells import Coded
 from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.correlate import check_names, correlations, marginal, table_of
 from cellfate.inference.fit import GLMM
-from cellfate.inference.many import Coded
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
