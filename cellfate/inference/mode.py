@@ -126,6 +126,21 @@ class _Ascent:
     message: str
 
 
+@dataclass(frozen=True)
+class _Point:
+    """What is kept of an evaluation at one point."""
+
+    free_energy: float
+    sites: Sites
+    mean: Tensor  # (n,)
+    log_variance: Tensor  # (n,)
+
+    @staticmethod
+    def of(here: Evaluation) -> _Point:
+        posterior = here.posterior
+        return _Point(float(here.free_energy), here.fit.sites, posterior.mean[0], posterior.variance[0].log())
+
+
 def _ascend(
     model: Model, engine: Engine, rule: Rule, u: Tensor, sites: Sites, enough: float, known: Tensor | None = None
 ) -> _Ascent:
@@ -198,40 +213,44 @@ def find_mode(
         sites = evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
-    gradient, guess, large = u, None, model.data.n > LARGE
+    gradient, large = u, model.data.n > LARGE
     known: Tensor | None = None
+    curvature: Tensor | None = None
+    guess: Tensor | None = None
     while True:
         if len(u):
             enough = (LARGE_GAIN if large else CONVERGED_GAIN) if gain is None else gain
             found = _ascend(model, engine, rule, u, sites, enough, known)
-            u, gradient, sites, guess = found.u, found.gradient, found.sites, found.curvature
+            u, gradient, sites = found.u, found.gradient, found.sites
+            curvature, guess = (found.curvature, None) if large and gain is not None else (None, found.curvature)
             count, converged, message = count + found.evaluations, found.converged, found.message
-        if not large or not len(u):
-            final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=TIGHT / 10)
-            hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient)
-            break
-        if gain is not None:  # only where to begin from
-            final = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=LARGE_COARSE)
-            hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, gradient, guess)
-            break
-        final, _, slope = log_posterior(model, engine, u[None], rule, start=sites, tolerance=COARSE)
-        hessian, mean_slope, log_variance_slope = _derivatives(model, engine, rule, u, final, slope[0], None, guess)
+        if large and len(u) and gain is None:  # the last step was not looked back on
+            there, _, slope = log_posterior(model, engine, u[None], rule, start=sites, tolerance=COARSE)
+            here, gradient = _Point.of(there), slope[0]
+            del there  # its matrices are as large as those of the next points
+        else:
+            tolerance = LARGE_COARSE if large else TIGHT / 10
+            here = _Point.of(evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=tolerance))
+        hessian, mean_slope, log_variance_slope = _derivatives(
+            model, engine, rule, u, here, gradient, curvature, guess if large else None
+        )
         # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
-        if known is not None or _promised(hessian, slope[0]) < AGAIN:
+        again = large and gain is None and known is None and bool(len(u)) and _promised(hessian, gradient) > AGAIN
+        if not again:
             break
-        known, sites = hessian, final.fit.sites
+        known, sites = hessian, here.sites
     bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
     at_bound = tuple(
         p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
     )
     return Mode(
         u=u,
-        free_energy=float(final.free_energy),
-        log_posterior=float(final.free_energy + model.log_prior(u[None])),
+        free_energy=here.free_energy,
+        log_posterior=here.free_energy + float(model.log_prior(u[None])),
         curvature=hessian,
-        sites=final.fit.sites,
-        mean=final.posterior.mean[0],
-        log_variance=final.posterior.variance[0].log(),
+        sites=here.sites,
+        mean=here.mean,
+        log_variance=here.log_variance,
         mean_slope=mean_slope,
         log_variance_slope=log_variance_slope,
         at_bound=at_bound,
@@ -295,7 +314,7 @@ def _derivatives(
     engine: Engine,
     rule: Rule,
     u: Tensor,
-    here: Evaluation,
+    here: _Point,
     gradient: Tensor,
     curvature: Tensor | None = None,
     guess: Tensor | None = None,
@@ -311,7 +330,7 @@ def _derivatives(
     step = torch.where(u + step > _bounds(model, u)[1], -step, step)  # beyond a bound there may be nothing
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
     for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():
-        start = repeat(here.fit.sites, len(part))
+        start = repeat(here.sites, len(part))
         if curvature is None:
             there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)
             gradients.append(slope)
@@ -319,8 +338,9 @@ def _derivatives(
             there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE)
         means.append(there.posterior.mean)
         variances.append(there.posterior.variance.log())
-    m = (torch.cat(means) - here.posterior.mean) / step[:, None]
-    v = (torch.cat(variances) - here.posterior.variance.log()) / step[:, None]
+        del there
+    m = (torch.cat(means) - here.mean) / step[:, None]
+    v = (torch.cat(variances) - here.log_variance) / step[:, None]
     if curvature is None:
         g = (torch.cat(gradients) - gradient) / step[:, None]
         curvature = -(g + g.mT) / 2
