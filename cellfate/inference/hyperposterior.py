@@ -43,6 +43,7 @@ BEND, STRAIGHT = 2.0, 1e6  # posterior sds up to which an sd is taken as it is, 
 DEEP, SHALLOW = 25.0, 12.0  # nats below which a density is as good as none; where points are few
 USELESS = 1.0  # error from which on the interpolant is not used at all
 ROUNDS = 3  # of proposals
+LEAST = 4  # points per coordinate and one more, without which nothing is interpolated
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         fill = int(FILL * count)
     else:  # where points are dear, as few as the interpolant can be judged by, and then as many as it turns out to need
         terms = (d + 1) * (d + 2) // 2  # of a quadratic
-        count, fill = (min(2 * terms, 10 + 6 * d), 1 + d) if model.data.n > LARGE else (16 + 6 * d, 4 + 2 * d)
+        count, fill = 16 + 6 * d, 4 + 2 * d
+        if model.data.n > LARGE:
+            fill = 1 + d
+            count = max(min(2 * terms, 10 + 6 * d), LEAST * (d + 1) + fill)
     most *= 2
     location, scale, folded = mode.u.cpu().numpy(), _factor(model, mode), _folded(model)
     reach = REACH if model.data.n > LARGE else np.inf
@@ -219,7 +223,7 @@ class _Cloud:
         target = points.log_posterior if self._large else log_ratio
         highest = target[seen].max(initial=-np.inf)
         # a point that is all but impossible says so, and no more: its depth would bend the interpolant everywhere
-        target, needed = np.maximum(target, highest - DEEP), 4 * (len(self._centre) + 1)
+        target, needed = np.maximum(target, highest - DEEP), LEAST * (len(self._centre) + 1)
         if seen.sum() < needed:
             return False
         lowest = min(highest - SHALLOW, np.sort(target[seen])[-needed]) if self._large else -np.inf
