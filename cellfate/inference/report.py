@@ -105,7 +105,7 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
     elif width > 0.7:
         verdict = "weak: this data says little about how ancestry and neighborhood divide what they explain"
     elif width > 0.4:
-        verdict = "partial: ancestry and neighborhood are told apart, with a wide margin"
+        verdict = "partial: ancestry and neighborhood are told apart roughly, the interval of how they divide is wide"
     else:
         verdict = "clear: this data tells ancestry and neighborhood apart"
     return correlation, verdict

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 POLICIES = ("error", "drop", "isolate")
 
+AGREE = "Rename the leaves or the cells so that they agree."
+
 
 @dataclass(frozen=True, eq=False)
 class Ancestry:
@@ -78,8 +80,10 @@ def match(ancestry: Ancestry, names: np.ndarray, *, prune: bool = True) -> tuple
     has_leaf = among(names, forest.names[forest.leaves])
     unknown = ~has_leaf & ~among(names, ancestry.missing)
     if unknown.any() or not has_leaf.any():
+        if not has_leaf.any():
+            raise DataError(f"{no_leaf(forest, names, ~has_leaf, label)} {AGREE}")
         raise DataError(
-            f"{no_leaf(forest, names, ~has_leaf if not has_leaf.any() else unknown, label)} "
+            f"{no_leaf(forest, names, unknown, label)} "
             "Run `cf.pp.set_tree(adata, tree, missing='drop')` to leave those cells out of fits, or "
             "missing='isolate' to give them ancestors of their own."
         )

@@ -14,7 +14,7 @@ from cellfate import _keys
 from cellfate._runtime import logger
 from cellfate.errors import DataError
 from cellfate.io.columns import among, check_adata
-from cellfate.io.lineage import POLICIES, looks_like_newick, no_leaf
+from cellfate.io.lineage import AGREE, POLICIES, looks_like_newick, no_leaf
 from cellfate.io.store import own
 from cellfate.trees.convert import LENGTHS, TIMES, to_forest, to_graph, to_newick, to_newick_dict
 from cellfate.trees.forest import Forest, examples
@@ -32,7 +32,7 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
         Cells; their `obs_names` are the names of the leaves.
     tree
         A networkx `DiGraph` (edges have `length`, or nodes have `time` or `depth`), Newick text (several trees are a
-        forest) or a `pathlib.Path` to a file of it, an edge table with columns `parent`, `child` and perhaps `length`, or a
+        forest) or the path of a file of it, an edge table with columns `parent`, `child` and perhaps `length`, or a
         dict of those by specimen. Without lengths and times every branch counts 1.
     key_added
         Where to store it. A tree that is there already is replaced, anything else is an error.
@@ -51,7 +51,9 @@ def set_tree(adata: AnnData, tree: Any, key_added: str = _keys.TREE, missing: st
     check_adata(adata)
     if missing not in POLICIES:
         raise DataError(f"missing is {missing!r}, wanted one of {examples(POLICIES)}.")
-    tree = _read_file(tree) if isinstance(tree, os.PathLike) else tree
+    # text that is no Newick is the name of a file, if there is one
+    named = isinstance(tree, str) and "(" not in tree and ";" not in tree and os.path.isfile(tree)
+    tree = _read_file(Path(tree)) if named or isinstance(tree, os.PathLike) else tree
     by_specimen = isinstance(tree, Mapping) and not {"parent", "child"} <= set(tree)
     forest = to_forest(tree)
     in_obst = hasattr(adata, "obst") and not by_specimen and forest.n_trees == 1
@@ -81,9 +83,7 @@ def _align(forest: Forest, names: np.ndarray, missing: str) -> tuple[Forest, np.
     leaves = forest.names[forest.leaves]
     observed, has_leaf = among(leaves, names), among(names, leaves)
     if not observed.any():
-        raise DataError(
-            f"{no_leaf(forest, names, ~has_leaf, 'tree')} Rename the leaves or the cells so that they agree."
-        )
+        raise DataError(f"{no_leaf(forest, names, ~has_leaf, 'tree')} {AGREE}")
     found = []
     if not has_leaf.all():
         found.append(no_leaf(forest, names, ~has_leaf, "tree"))

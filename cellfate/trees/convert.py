@@ -77,8 +77,8 @@ def _from_newick(text: str, branch_length: str | None, label: str) -> Forest:
         raise DataError(f"{label} is empty: Newick text without a character. Give a tree with at least one leaf.")
     if "(" not in text and ";" not in text:
         raise DataError(
-            f"{label} is no Newick text: {_excerpt(text)} has neither parentheses nor a semicolon. If it names a "
-            "file, give the file's text; a tree of one cell is written 'cell;'."
+            f"{label} is no Newick text: {_excerpt(text)} has neither parentheses nor a semicolon, and it names no "
+            "file that is there. Check the path; a tree of one cell is written 'cell;'."
         )
     quoted: list[str] = []
 

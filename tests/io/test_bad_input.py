@@ -372,7 +372,7 @@ SET_TREE = [
     ("unbalanced", nothing, one_tree().replace(")", "", 1), {}, ["parentheses"]),
     ("empty text", nothing, "", {}, ["The tree is empty"]),
     ("empty dict", nothing, {}, {}, ["a dict without specimens"]),
-    ("a file name", nothing, "trees.nwk", {}, ["neither parentheses nor a semicolon", "give the file's text"]),
+    ("a file name", nothing, "trees.nwk", {}, ["neither parentheses nor a semicolon", "names no file that is there"]),
     ("a number", nothing, 5, {}, ["cannot be read from int"]),
     ("undirected", nothing, nx.Graph(STAR), {}, ["undirected graph"]),
     ("table without child", nothing, pd.DataFrame({"parent": ["a"], "kid": ["b"]}), {}, ["without column 'child'"]),
