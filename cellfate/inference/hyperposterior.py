@@ -140,14 +140,13 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         cloud = _Cloud(model, mode, proposals, counts, rng)
         last, off = len(proposals) == ROUNDS, False
         if cloud.fit(points):
-            while np.isfinite(cloud.error) and len(points.u) < most:
-                off = cloud.pareto_k > LARGEST_K
-                if off and not last:
-                    break
+            off = cloud.pareto_k > LARGEST_K
+            while np.isfinite(cloud.error) and len(points.u) < most and (last or not off):
                 filled.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
                 points = _Points.join(drawn + filled)
                 cloud.fit(points)
-                off = cloud.pareto_k > LARGEST_K
+                # where points are few it may only show now, where they are many more of them mend it
+                off = model.data.n > LARGE and cloud.pareto_k > LARGEST_K
                 if cloud.error <= LARGEST_ERROR:
                     break
         if last or not off:

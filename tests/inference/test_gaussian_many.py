@@ -85,7 +85,7 @@ def test_a_point_of_the_tables_is_the_likelihood_of_the_written_covariance():
     assert value == pytest.approx(multivariate_normal(np.zeros(N), covariance).logpdf(y[:, 0]), abs=1e-5)
 
 
-@pytest.mark.parametrize(("rank", "tolerance"), [(N, 1e-4), (96, 0.03)])
+@pytest.mark.parametrize(("rank", "tolerance"), [(N, 1e-3), (96, 0.03)])
 def test_between_the_points_it_is_what_the_engine_says(rank, tolerance):
     """About the modes, also where columns leave a part of the field to the cells, here up to a twelfth of its variance.
 
