@@ -23,7 +23,8 @@ LARGE = 6_000  # cells from which on a gradient is dear, and the posterior so na
 LARGE_GAIN = (
     0.2  # nats that the last step, which is not looked back on, may bring there: by a curvature that is a guess
 )
-AGAIN = 0.3  # nats that a step by the curvature itself may still bring: above, the search goes on with that
+AGAIN = 0.3  # nats that a step by the curvature itself may still bring: above, the search goes on with that,
+LOOKS = 2  # so often at most
 PILOT_GAIN = 0.05  # the same, where a mode is only where to begin from
 FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
@@ -214,7 +215,7 @@ def find_mode(
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
     gradient, large = u, model.data.n > LARGE
-    known: Tensor | None = None
+    looks, known = 0, None
     curvature: Tensor | None = None
     guess: Tensor | None = None
     while True:
@@ -235,10 +236,11 @@ def find_mode(
             model, engine, rule, u, here, gradient, curvature, guess if large else None
         )
         # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
-        again = large and gain is None and known is None and bool(len(u)) and _promised(hessian, gradient) > AGAIN
-        if not again:
+        looks += 1
+        enough_looks = not large or gain is not None or not len(u) or looks > LOOKS
+        if enough_looks or _promised(hessian, gradient) < AGAIN:
             break
-        known, sites = hessian, here.sites
+        known, sites = _steep(hessian), here.sites
     bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
     at_bound = tuple(
         p.name for p, x, a, b in bounds if p.scale != "sd" and (float(x - a) < 1e-3 or float(b - x) < 1e-3)
@@ -258,6 +260,12 @@ def find_mode(
         converged=converged,
         message=message,
     )
+
+
+def _steep(curvature: Tensor) -> Tensor:
+    """The same with every direction curved downward, as much as it is curved at all."""
+    values, vectors = torch.linalg.eigh(curvature)
+    return (vectors * values.abs().clamp(min=1e-3 * float(values.abs().max()))) @ vectors.mT
 
 
 def _promised(curvature: Tensor, slope: Tensor) -> float:

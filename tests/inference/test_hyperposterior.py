@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import cellfate.inference.mode as mode_module
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, integrate
 from cellfate.inference.mode import find_mode
@@ -284,3 +285,43 @@ def test_fixed_effects_as_parameters():
     np.testing.assert_allclose(draws[False].beta.std(0), sd, rtol=0.1)
     assert draws[False].values["sd_spatial"].mean() == pytest.approx(draws[True].values["sd_spatial"].mean(), rel=0.06)
     assert draws[False].log_evidence == pytest.approx(draws[True].log_evidence, abs=0.1)
+
+
+# --- many cells, where points are dear ---
+
+
+@pytest.mark.parametrize("family", ["gaussian", "poisson"])
+def test_few_points_say_what_many_do(family, monkeypatch):
+    """The search and the integral as they are with many cells, on a problem on which both ways can be taken.
+
+    Few points know a posterior mean to a fifth of its sd, and its sd to a fifth.
+    """
+    model, engine = small_problem(family, sizes=(60, 60, 60), lineage="brownian", lengthscale=0.8, groups=(), seed=5)
+    exact_mode = find_mode(model, engine, Variational())
+    exact = integrate(model, engine, Variational(), exact_mode, np.random.default_rng(0))
+    for module in ("mode", "hyperposterior"):
+        monkeypatch.setattr(f"cellfate.inference.{module}.LARGE", 100)
+    mode = find_mode(model, engine, Variational())
+    few = integrate(model, engine, Variational(), mode, np.random.default_rng(0))
+    sd = torch.linalg.inv(exact_mode.curvature).diagonal().sqrt()
+    assert float(((mode.u - exact_mode.u) / sd).abs().max()) < 0.8  # AGAIN: less than 0.3 nats below the top
+    assert mode.log_posterior > exact_mode.log_posterior - 0.4
+    scaled = (mode.curvature - exact_mode.curvature) * sd * sd[:, None]
+    assert float(scaled.abs().max()) < 0.5
+    for name, x in few.values.items():
+        reference = exact.values[name]
+        assert abs(x.mean() - reference.mean()) < 0.2 * reference.std()
+        assert x.std() == pytest.approx(reference.std(), rel=0.2)
+    assert few.log_evidence == pytest.approx(exact.log_evidence, abs=0.15)
+    assert few.evaluations < exact.evaluations
+
+
+def test_a_guessed_curvature_does_not_end_the_search(monkeypatch):
+    """A first guess that is far too steep promises nothing; the true curvature says that there is more to gain."""
+    model, engine = small_problem("gaussian", sizes=(60, 60), lineage="brownian", lengthscale=0.8, groups=(), seed=5)
+    exact = find_mode(model, engine, Variational())
+    guess = mode_module._average_information
+    monkeypatch.setattr(mode_module, "_average_information", lambda *a: 30 * guess(*a))
+    monkeypatch.setattr(mode_module, "LARGE", 100)
+    found = find_mode(model, engine, Variational())
+    assert found.log_posterior > exact.log_posterior - 0.4
