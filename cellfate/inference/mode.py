@@ -156,7 +156,7 @@ def _ascend(
     del here  # its matrices are as large as those of the next point
     for _ in range(MAX_STEPS):
         slope = gradient[0] * unit
-        free = ~((u <= low) & (slope < 0) | (u >= high) & (slope > 0))
+        free = _free(model, u, slope)
         step = torch.zeros_like(u)
         step[free] = torch.linalg.solve(curvature[free][:, free], slope[free])
         gain = 0.5 * float(slope @ step)
@@ -238,7 +238,7 @@ def find_mode(
         # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
         looks += 1
         enough_looks = not large or gain is not None or not len(u) or looks > LOOKS
-        if enough_looks or _promised(hessian, gradient) < AGAIN:
+        if enough_looks or _promised(hessian, gradient, _free(model, u, gradient)) < AGAIN:
             break
         known, sites = _steep(hessian), here.sites
     bounds = zip(model.parameters, u, *_bounds(model, u), strict=True)
@@ -268,12 +268,20 @@ def _steep(curvature: Tensor) -> Tensor:
     return (vectors * values.abs().clamp(min=1e-3 * float(values.abs().max()))) @ vectors.mT
 
 
-def _promised(curvature: Tensor, slope: Tensor) -> float:
-    """Nats that a Newton step would bring; infinite where there is no maximum near."""
-    values, vectors = torch.linalg.eigh(curvature)
+def _free(model: Model, u: Tensor, slope: Tensor) -> Tensor:
+    """Which coordinates (d,) may follow their slope: at a bound there is no way further out."""
+    low, high = _bounds(model, u)
+    return ~((u <= low) & (slope < 0) | (u >= high) & (slope > 0))
+
+
+def _promised(curvature: Tensor, slope: Tensor, free: Tensor) -> float:
+    """Nats that a Newton step would bring along the coordinates that are free; infinite where there is no maximum near."""
+    if not bool(free.any()):
+        return 0.0
+    values, vectors = torch.linalg.eigh(curvature[free][:, free])
     if float(values[0]) <= 0:
         return float("inf")
-    return 0.5 * float(((vectors.mT @ slope).square() / values).sum())
+    return 0.5 * float(((vectors.mT @ slope[free]).square() / values).sum())
 
 
 def _bfgs(curvature: Tensor, step: Tensor, change: Tensor) -> Tensor:
