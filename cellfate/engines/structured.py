@@ -211,12 +211,11 @@ class StructuredEngine(Engine):
         """Columns Z (n, m) of all components, and where those of each stand."""
         key = tuple(term.name for term in terms)
         # a design is not of the engine's making: another response of the same cells may come with another one
-        design = next((self._phi(term) for term in terms if term.name not in self._kernels), None)
+        design = next((term for term in terms if term.name not in self._kernels), None)
         if key in self._columns and design is not None:
             z, slots = self._columns[key]
-            (name,) = (term.name for term in terms if term.name not in self._kernels)
-            held = z[:, slots[name]]
-            if held.shape != design.shape or not torch.equal(held, design):
+            now = self._phi(design)
+            if now is not None and not torch.equal(z[:, slots[design.name]], now):  # False where shapes differ, too
                 del self._columns[key]
         if key not in self._columns:
             phi, slots, width = [self.like.new_zeros(self.n, 0)], {}, 0

@@ -79,9 +79,9 @@ def match(ancestry: Ancestry, names: np.ndarray, *, prune: bool = True) -> tuple
     forest, label = ancestry.forest, ancestry.label
     has_leaf = among(names, forest.names[forest.leaves])
     unknown = ~has_leaf & ~among(names, ancestry.missing)
-    if unknown.any() or not has_leaf.any():
-        if not has_leaf.any():
-            raise DataError(f"{no_leaf(forest, names, ~has_leaf, label)} {AGREE}")
+    if not has_leaf.any():
+        raise DataError(f"{no_leaf(forest, names, ~has_leaf, label)} {AGREE}")
+    if unknown.any():
         raise DataError(
             f"{no_leaf(forest, names, unknown, label)} "
             "Run `cf.pp.set_tree(adata, tree, missing='drop')` to leave those cells out of fits, or "

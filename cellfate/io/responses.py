@@ -129,7 +129,7 @@ def _binary(values: pd.Series, label: str) -> Response:
             "`adata.obs['is_it'] = adata.obs[fate] == level`; for counts or measurements choose another family."
         )
     check_both_sides(codes, values.index.to_numpy(), label, levels, [repr(level) for level in levels])
-    if levels not in (("0", "1"), ("False", "True"), ["0", "1"], ["False", "True"]):
+    if list(levels) not in (["0", "1"], ["False", "True"]):
         logger.info("%s: %r is 1, %r is 0", label, levels[1], levels[0])
     return Response(codes.astype(np.float64), None, (levels[0], levels[1]))
 
