@@ -48,7 +48,9 @@ def evaluate(
     with torch.no_grad():
         terms, likelihood = model.terms(theta), likelihood_at(model, theta)
         points = max([t.variance.shape[0] for t in terms], default=1)
-        if start is not None:
+        if model.family.quadratic:  # sites are what they are
+            start = likelihood.start(points)
+        elif start is not None:
             start = Sites(start.precision.expand(points, -1), start.shift.expand(points, -1))
         else:
             start = likelihood.start(points)

@@ -188,7 +188,9 @@ class _Cloud:
         self._proposals, self._counts = proposals, counts
         self._scale, self._centre = _factor(model, mode), mode.u.cpu().numpy()
         sd = np.sqrt((self._scale**2).sum(1))
-        self._curve = np.where(_folded(model), BEND * sd, STRAIGHT * sd)
+        self._folded, self._sd = _folded(model), sd
+        self._curve = np.where(self._folded, BEND * sd, STRAIGHT * sd)
+        self._logs = np.array([p.scale == "log" and p.name.startswith("sd_") for p in model.parameters], dtype=bool)
         d, total = len(self._centre), sum(counts)
         drawn = [
             q.draw(uniforms(max(16, CLOUD * c // total), d + 1, rng)) for q, c in zip(proposals, counts, strict=True)
@@ -209,6 +211,14 @@ class _Cloud:
         slope = 1 / np.hypot(1, self._centre / self._curve)
         bent = self._curve * (np.arcsinh(u / self._curve) - np.arcsinh(self._centre / self._curve)) / slope
         return np.linalg.solve(self._scale, bent.T).T
+
+    def _variances(self, u: np.ndarray) -> np.ndarray:
+        """The same by variances in place of sds: a ridge where data know little but the sum of two of them is straight."""
+        x, c = u - self._centre, np.maximum(np.abs(self._centre), self._sd)
+        squared = np.where(
+            self._folded, (u * u - self._centre**2) / (2 * c), np.where(self._logs, np.expm1(2 * x) / 2, x)
+        )
+        return np.linalg.solve(self._scale, squared.T).T
 
     def fit(self, points: _Points) -> bool:
         """Interpolate through `points`; False where there are too few.
@@ -238,7 +248,8 @@ class _Cloud:
             cap = np.minimum(cap, log_ratio[seen][any_nearest] + 0.5 + far)
         self.error, best = np.inf, None
         # which coordinates and which polynomial make a log density simple differs: the points decide
-        for coordinates in (self._whiten, self._bend):
+        ways = (self._whiten, self._bend, self._variances) if self._logs.any() else (self._whiten, self._bend)
+        for coordinates in ways:
             z, cloud = coordinates(points.u[good]), coordinates(self._u)
             for surface in (Surface(z, values, degree) for degree in Surface.degrees(*z.shape)):
                 found = surface(cloud)

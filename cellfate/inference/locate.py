@@ -21,7 +21,7 @@ WITHIN = (5.0, 10.0)  # sds of the pilot's log length-scale below and above its 
 NARROWEST = 0.1  # of that sd, at least
 GRID = 0.25  # of the log length-scales between which a basis is made
 ATTEMPTS = 3
-FINE = 10_000  # cells up to which columns are also taken for the last tenth of a nat; with more, that is far below what they tell
+FINE = 4_000  # cells up to which columns are also taken for the last tenth of a nat; with more, that is far below what they tell
 
 Ranges = dict[str, tuple[float, float]]
 

@@ -16,10 +16,8 @@ RESOLVED = (
     1e-11  # eigenvalues below this part of the largest are rounding: what belongs to them cannot be carried elsewhere
 )
 STEP = 32  # the rank is a multiple
-NATS, FINE = (
-    0.1,
-    1024,
-)  # that truncated directions may cost of the log evidence, and columns up to which more are taken for it
+NATS = 0.05  # that truncated directions may cost of the log evidence: half of what the log evidence then errs by
+FINE = 1024  # columns up to which more are taken for it
 BLENDED = 4  # length-scales between the bounds whose covariances are blended
 CHUNK = 2**20  # entries of a covariance at a time: they stay in cache, and memory is columns, not landmarks
 
