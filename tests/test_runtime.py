@@ -3,12 +3,14 @@
 import io
 import logging
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 from cellfate import _runtime
+from cellfate.errors import CellfateWarning
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +115,30 @@ def test_verbosity_silences_log_and_progress(level, monkeypatch):
 def test_verbosity_errors(level):
     with pytest.raises(ValueError, match="use one of"):
         _runtime.verbosity(level)
+
+
+def test_tasks_side_by_side_keep_their_order_and_leave_threads_and_warnings_as_they_were():
+    before, filters = torch.get_num_threads(), list(warnings.filters)
+    torch.set_num_threads(3)
+    try:
+        seen = []
+
+        def work(task: int) -> tuple[int, int]:
+            warnings.warn("of one of many", CellfateWarning, stacklevel=1)
+            seen.append(task)
+            return task * task, torch.get_num_threads()
+
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            done = list(_runtime.side_by_side(work, range(50), torch.device("cpu")))
+        assert [square for square, _ in done] == [task * task for task in range(50)]
+        assert {threads for _, threads in done} == {1}
+        assert not told
+        assert torch.get_num_threads() == 3
+        assert sorted(seen) == list(range(50))
+        with pytest.raises(ZeroDivisionError):
+            list(_runtime.side_by_side(lambda task: 1 / task, range(4), torch.device("cpu")))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert warnings.filters == filters

@@ -24,6 +24,11 @@ COLUMNS, ROWS = 64, 4096  # taken at a time where a matrix as large as the colum
 ESTIMATE, PROBES = 1_500, 8  # cells from which on products with squares are estimated, and by how many random vectors
 
 
+def inner(columns: Tensor, x: Tensor) -> Tensor:
+    """Columns' x for a few columns x (..., n, k): a long and narrow product, several times faster from the narrow side."""
+    return (x.mT @ columns).mT
+
+
 class LowRankPosterior(Posterior):
     """What follows from a factor of the cheap part, given by the methods that begin with `_part`."""
 
@@ -39,7 +44,7 @@ class LowRankPosterior(Posterior):
         resolved = self._part_resolve(shift)
         # what the data say of the coefficients (..., m, 1), and what these add to the field
         self._factorize()
-        self._coefficients = self._p @ (self._p.mT @ (columns.mT @ resolved))
+        self._coefficients = self._p @ (self._p.mT @ inner(columns, resolved))
         pulled = self._part_respond(columns @ self._coefficients)
         self.mean = (self._part_prior(resolved) + pulled)[..., 0]
         self.weights = (resolved - tau * pulled)[..., 0]
@@ -138,10 +143,10 @@ class LowRankPosterior(Posterior):
 
     def _columns_times(self, x: Tensor) -> Tensor:
         """P P' Y' x, what the data say of the coefficients."""
-        return self._p @ (self._p.mT @ (self._y.mT @ x))
+        return self._p @ (self._p.mT @ inner(self._y, x))
 
     def prior_times(self, x: Tensor) -> Tensor:
-        return self._part_prior(x) + self._z @ (self._f @ (self._f.mT @ (self._z.mT @ x)))
+        return self._part_prior(x) + self._z @ (self._f @ (self._f.mT @ inner(self._z, x)))
 
     def residual(self, x: Tensor) -> Tensor:
         return self._part_residual(x) - self._tau * (self._y @ self._columns_times(self._tau * x))
@@ -160,8 +165,8 @@ class LowRankPosterior(Posterior):
             result = result + torch.stack(columns, -1)
         squares = []
         for x_k in x.unbind(-1):
-            inner = self._p @ (self._p.mT @ self._weighted_gram(x_k) @ self._p) @ self._p.mT
-            squares.append(((self._y @ inner) * self._y).sum(-1))
+            middle = self._p @ (self._p.mT @ self._weighted_gram(x_k) @ self._p) @ self._p.mT
+            squares.append(((self._y @ middle) * self._y).sum(-1))
         return result + torch.stack(squares, -1)
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from threading import Lock
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Made:
     def __init__(self, most: float = MOST) -> None:
         self.most = most
         self._kept: OrderedDict[Hashable, FieldBasis] = OrderedDict()
+        self._lock = Lock()  # responses are fitted side by side, and the second waits for what the first is making
 
     def find(
         self, field: tuple[type, np.ndarray, np.ndarray], settings: tuple[Hashable, ...], make: Callable[[], FieldBasis]
@@ -29,9 +31,10 @@ class Made:
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         key = (kernel, digest.digest(), settings)
-        if key not in self._kept:
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
-        while len(self._kept) > 1 and sum(basis.n * basis.rank * 8 for basis in self._kept.values()) > self.most:
-            self._kept.popitem(last=False)
-        return self._kept[key]
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            self._kept.move_to_end(key)
+            while len(self._kept) > 1 and sum(basis.n * basis.rank * 8 for basis in self._kept.values()) > self.most:
+                self._kept.popitem(last=False)
+            return self._kept[key]

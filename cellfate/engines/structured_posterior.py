@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellfate.engines import elsewhere
 from cellfate.engines.base import Sites
-from cellfate.engines.lowrank import LowRankPosterior
+from cellfate.engines.lowrank import LowRankPosterior, inner
 from cellfate.kernels.base import Term
 from cellfate.trees.plan import TreePlan
 from cellfate.trees.sweeps import (
@@ -272,11 +272,11 @@ class StructuredPosterior(LowRankPosterior):
 
     def _spectrum_bar(self, pair: Tensor | None, weighted: Tensor | None) -> Tensor:
         """Derivative (..., m, m) in the spectrum of the columns."""
-        zb = self._z.mT @ self.weights[..., None]
+        zb = inner(self._z, self.weights[..., None])
         back = torch.eye(self._z.shape[-1], dtype=zb.dtype, device=zb.device) - self._p @ (self._p.mT @ self._gram)
         bar = 0.5 * zb @ zb.mT - 0.5 * self._gram @ back
         if pair is not None:
-            bar = bar + (self._z.mT @ pair[..., None]) @ zb.mT
+            bar = bar + inner(self._z, pair[..., None]) @ zb.mT
         if weighted is not None:
             bar = bar + back.mT @ weighted @ back
         return bar
@@ -299,8 +299,8 @@ class StructuredPosterior(LowRankPosterior):
             out = out + part.walk.times(x)
         if part.spectrum is not None:
             phi = self._columns_of(term)
-            inner = phi.mT @ x
-            out = out + phi @ (part.spectrum[..., None] * inner if part.diagonal else part.spectrum @ inner)
+            along = inner(phi, x)
+            out = out + phi @ (part.spectrum[..., None] * along if part.diagonal else part.spectrum @ along)
         return out if part.own is None else out + part.own[..., None] * x
 
     def component_mean(self, term: Term) -> Tensor:

@@ -10,7 +10,6 @@ responses spread over all means, on a thousand cells, are enough for the three n
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from cellfate._runtime import logger, one_of_many, progress
-from cellfate.errors import CellfateWarning, DataError
+from cellfate._runtime import logger, progress, side_by_side
+from cellfate.errors import DataError
 from cellfate.inference.mode import PILOT_GAIN, find_mode
 
 DISPERSION = "dispersion"
@@ -73,13 +72,13 @@ def dispersion_trend(
     with progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar:
         for part in parts:
             places = [i for i in range(part.start, part.stop) if i in chosen]
-            if places:
-                columns = read(part)
-                for i in places:
-                    estimate = _estimate(glmm, names[i], columns[i - part.start], X, offset, terms)
-                    if estimate is not None:
-                        found[i] = estimate
-                    bar.update(1)
+            columns = read(part) if places else []
+            tasks = [(names[i], columns[i - part.start]) for i in places]
+            estimates = side_by_side(lambda one: _estimate(glmm, *one, X, offset, terms), tasks, glmm.device)
+            for i, estimate in zip(places, estimates, strict=True):
+                if estimate is not None:
+                    found[i] = estimate
+                bar.update(1)
     if len(found) < FEWEST // 2:
         logger.info("the dispersion of %d responses only can be estimated: there is no trend to shrink to", len(found))
         return None
@@ -97,20 +96,18 @@ def _estimate(
 ) -> tuple[float, float] | None:
     """Log dispersion at the mode of a fit of some of the cells, and its variance there; None where it is at its bounds."""
     try:
-        with one_of_many(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", CellfateWarning)
-            glmm.on(y, X, offset, terms=terms, response=name)
-            model, engine, _ = glmm.problem
-            cells = model.data.some(CELLS)
-            thin = model.at(cells)
-            mode = find_mode(thin, engine.pilot(thin.components, cells), glmm.rule, gain=PILOT_GAIN)
+        own = glmm.with_priors({})  # one that others do not share
+        model, engine, _ = own.on(y, X, offset, terms=terms, response=name).problem
+        cells = model.data.some(CELLS)
+        thin = model.at(cells)
+        mode = find_mode(thin, engine.pilot(thin.components, cells), glmm.rule, gain=PILOT_GAIN)
     except (DataError, ArithmeticError, ValueError, RuntimeError):
         logger.debug("%s has no estimate of its dispersion", name, exc_info=True)
         return None
     place = [p.name for p in thin.parameters].index(DISPERSION)
-    own = thin.parameters[place]
+    bounds = thin.parameters[place]
     value = float(mode.u[place])
-    if value < math.log(own.lower) + AT_END or value > math.log(own.upper) - AT_END:
+    if value < math.log(bounds.lower) + AT_END or value > math.log(bounds.upper) - AT_END:
         return None
     values, vectors = np.linalg.eigh(mode.curvature.cpu().numpy())
     variance = float((vectors[place] ** 2 / np.clip(values, 1e-3, None)).sum())

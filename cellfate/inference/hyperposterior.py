@@ -20,7 +20,7 @@ from cellfate._runtime import logger, out_of_memory, progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
 from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
-from cellfate.inference.mode import LARGE, MEMORY, Mode
+from cellfate.inference.mode import LARGE, MEMORY, Mode, at_once
 from cellfate.inference.sites import Laplace, Likelihood, Rule
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
@@ -327,7 +327,7 @@ def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarra
     """Free energy and summaries at points u (points, d), as many at once as memory allows."""
     at = torch.as_tensor(u, dtype=mode.u.dtype, device=mode.u.device)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in rng.integers(2**62, size=len(u))]
-    parts, size, done = [], engine.points_at_once(MEMORY), 0
+    parts, size, done = [], at_once(model, engine), 0
     with progress(total=len(u), desc="hyperposterior", unit="point") as bar:
         while done < len(u):
             chunk = slice(done, done + size)

@@ -21,6 +21,9 @@ WITHIN = (5.0, 10.0)  # sds of the pilot's log length-scale below and above its 
 NARROWEST = 0.1  # of that sd, at least
 GRID = 0.25  # of the log length-scales between which a basis is made
 ATTEMPTS = 3
+GROWING = (
+    0.6  # power of the number of cells by which a curvature grows: from one towards none, of fields that do not extend
+)
 FINE = 4_000  # cells up to which columns are also taken for the last tenth of a nat; with more, that is far below what they tell
 
 Ranges = dict[str, tuple[float, float]]
@@ -42,18 +45,19 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
         precision = float(pilot.sites.precision.mean())
         sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
         information = {field: sds[field] ** 2 * precision for field in fields.values() if field in sds}
+    known = pilot.curvature * (model.data.n / len(some)) ** GROWING
     cells = STAGE
     while model.data.n // model.data.copies > 4 * cells:
         u = _stage(model, engine, rule, u, sd, fields, cells)
         cells *= GROWTH
     for _ in range(ATTEMPTS - 1):
-        focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information)
+        focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information, known)
         cut = _cut(model, focused, mode.u, fields)
         if not cut:
             return focused, sharp, mode
         u = mode.u
         sd |= {name: 1.5 * sd[name] for name in cut}
-    return _focused(model, engine, rule, u, sd, fields, information)
+    return _focused(model, engine, rule, u, sd, fields, information, known)
 
 
 def _focused(
@@ -64,12 +68,13 @@ def _focused(
     sd: dict[str, float],
     fields: dict[str, str],
     information: dict[str, float],
+    known: torch.Tensor,
 ) -> tuple[Model, Engine, Mode]:
     limits = _limits(model, u, sd)
     logger.debug("length-scales within %s", limits)
     focused = model.within(limits)
     sharp = engine.focus({field: limits[name] for name, field in fields.items()}, information)
-    return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u))
+    return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u), curvature=known)
 
 
 def _stage(

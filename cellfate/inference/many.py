@@ -8,16 +8,15 @@ chunks, nor the company changes an answer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cellfate._runtime import logger, named_generator, one_of_many, progress
+from cellfate._runtime import logger, named_generator, progress, side_by_side
 from cellfate.cells import Coded
-from cellfate.errors import CellfateWarning, DataError, Failure
+from cellfate.errors import DataError, Failure
 from cellfate.inference.arrays import numbers, term_names
 from cellfate.inference.dispersion import DISPERSION, FEWEST, Trend, dispersion_trend
 from cellfate.inference.fit import GLMM, GLMMFit
@@ -77,9 +76,10 @@ def fit_many(
             if together is not None:
                 found = _fit_together(together, names[part], columns, seed, shared.engine_name)
             else:
-                found = (
-                    _fit_one(shared, trend, name, column, X, offset, trials, terms, seed)
-                    for name, column in zip(names[part], columns, strict=True)
+                found = side_by_side(
+                    lambda one: _fit_one(shared, trend, *one, X, offset, trials, terms, seed),
+                    list(zip(names[part], columns, strict=True)),
+                    shared.device,
                 )
             for one in found:
                 yield one
@@ -138,21 +138,11 @@ def _fit_one(
     if isinstance(column, DataError):
         return Failure(name, str(column))
     column, levels = (column.y, column.levels) if isinstance(column, Coded) else (column, None)
-    if trend is not None:
-        glmm = glmm.with_priors({DISPERSION: trend.prior(column)})
+    glmm = glmm.with_priors({} if trend is None else {DISPERSION: trend.prior(column)})  # one that others do not share
     try:
-        with one_of_many(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", CellfateWarning)  # of thousands; each is in the status of its fit
-            fit = glmm.fit(
-                column,
-                X,
-                offset,
-                trials=trials,
-                terms=terms,
-                levels=levels,
-                response=name,
-                rng=named_generator(seed, name),
-            )
+        fit = glmm.fit(
+            column, X, offset, trials=trials, terms=terms, levels=levels, response=name, rng=named_generator(seed, name)
+        )
     except (DataError, ArithmeticError, ValueError, RuntimeError) as error:  # linear algebra raises the last two
         logger.debug("%s failed", name, exc_info=True)
         return Failure(name, f"{type(error).__name__}: {error}" if not isinstance(error, DataError) else str(error))

@@ -62,6 +62,11 @@ def log_posterior(
     return here, here.free_energy + prior.detach(), here.gradient + slope
 
 
+def at_once(model: Model, engine: Engine) -> int:
+    """Points evaluated as one batch: what memory allows, and one where a point is work enough, so that none waits for others."""
+    return 1 if model.data.n > LARGE and model.data.offset.device.type == "cpu" else engine.points_at_once(MEMORY)
+
+
 def repeat(sites: Sites, points: int) -> Sites:
     """The same sites at each of several points."""
     return Sites(sites.precision.expand(points, -1), sites.shift.expand(points, -1))
@@ -200,7 +205,13 @@ def _ascend(
 
 
 def find_mode(
-    model: Model, engine: Engine, rule: Rule, *, start: Tensor | None = None, gain: float | None = None
+    model: Model,
+    engine: Engine,
+    rule: Rule,
+    *,
+    start: Tensor | None = None,
+    curvature: Tensor | None = None,
+    gain: float | None = None,
 ) -> Mode:
     """Maximize free energy plus log prior, and differentiate twice there.
 
@@ -215,8 +226,7 @@ def find_mode(
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
     gradient, large = u, model.data.n > LARGE
-    looks, known = 0, None
-    curvature: Tensor | None = None
+    looks, known = 0, None if curvature is None else _steep(curvature)
     guess: Tensor | None = None
     while True:
         if len(u):
@@ -345,7 +355,7 @@ def _derivatives(
         step = torch.minimum(step, guess.diagonal().clamp(min=1e-12).rsqrt())
     step = torch.where(u + step > _bounds(model, u)[1], -step, step)  # beyond a bound there may be nothing
     gradients, means, variances = [u.new_zeros(0, d)], [u.new_zeros(0, n)], [u.new_zeros(0, n)]
-    for part in (u + torch.diag(step)).split(engine.points_at_once(MEMORY)) if d else ():
+    for part in (u + torch.diag(step)).split(at_once(model, engine)) if d else ():
         start = repeat(here.sites, len(part))
         if curvature is None:
             there, _, slope = log_posterior(model, engine, part, rule, start=start, tolerance=3 * COARSE)

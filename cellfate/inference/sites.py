@@ -41,8 +41,8 @@ class Likelihood:
     def correction(self, mean: Tensor, variance: Tensor) -> Tensor:
         return self.family.correction(self.outcome, mean + self.shift, variance, self.phi)
 
-    def remainder(self, mean: Tensor, variance: Tensor) -> Remainder:
-        return self.family.remainder(self.outcome, mean + self.shift, variance, self.phi)
+    def integrals(self, mean: Tensor, variance: Tensor) -> tuple[Expectation, Remainder]:
+        return self.family.integrals(self.outcome, mean + self.shift, variance, self.phi)
 
     @property
     def live(self) -> bool:
@@ -143,35 +143,30 @@ class Variational(Rule):
     name = "variational"
 
     def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
-        e = self._expectation(likelihood, posterior)
+        e, _ = self._integrals(likelihood, posterior)
         return Update(_sites(e, posterior.mean), e.value.sum(-1) - divergence(posterior))
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
-        correction = self._remainder(likelihood, posterior).correction
-        return self._expectation(likelihood, posterior).value.sum(-1) + correction.sum(-1) - divergence(posterior)
+        e, rest = self._integrals(likelihood, posterior)
+        return e.value.sum(-1) + rest.correction.sum(-1) - divergence(posterior)
 
     def drift(self, likelihood: Likelihood, posterior: Posterior, mean_step: Tensor, variance_step: Tensor) -> Tensor:
-        rest = self._remainder(likelihood, posterior)
+        _, rest = self._integrals(likelihood, posterior)
         correction = (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
         # of variances the part of each cell alone: d tau' (Sigma o Sigma) d tau / 4, the diagonal of it
         return correction + _relative(variance_step, posterior).square().sum(-1) / 4
 
     @staticmethod
-    def _expectation(likelihood: Likelihood, posterior: Posterior) -> Expectation:
+    def _integrals(likelihood: Likelihood, posterior: Posterior) -> tuple[Expectation, Remainder]:
         held = likelihood.detach()
-        return posterior.noted("expectation", lambda: held.expect(posterior.mean, posterior.variance))
-
-    @staticmethod
-    def _remainder(likelihood: Likelihood, posterior: Posterior) -> Remainder:
-        held = likelihood.detach()
-        return posterior.noted("remainder", lambda: held.remainder(posterior.mean, posterior.variance))
+        return posterior.noted("integrals", lambda: held.integrals(posterior.mean, posterior.variance))
 
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if likelihood.family.quadratic:  # the bound is exact
             return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
-        rest = self._remainder(likelihood, posterior)
+        _, rest = self._integrals(likelihood, posterior)
         lambda_m, lambda_v = _adjoint(posterior, rest, accuracy)
         part = torch.zeros_like(posterior.mean)
         if likelihood.live:

@@ -128,17 +128,21 @@ class Categorical(Family):
         assert outcome.levels is not None
         return self._shared_out(value, outcome.levels - 1)
 
-    def remainder(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Remainder:
+    def integrals(
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+    ) -> tuple[Expectation, Remainder]:
         def reduce(at: _Nodes) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
                 rest = _Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
                 in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v))
-            return rest.detach(), in_mean, in_variance, *at.higher()
+            return at.value, at.slope, at.precision, rest.detach(), in_mean, in_variance, *at.higher()
 
-        value, in_mean, in_variance, third, fourth, cross = self._integrate_cells(reduce, outcome, mean, variance)
-        axes = in_mean.shape[-1]
-        return Coupled(self._shared_out(value, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
+        found = self._integrate_cells(reduce, outcome, mean, variance)
+        value, slope, precision, rest, in_mean, in_variance, third, fourth, cross = found
+        axes = slope.shape[-1]
+        e = Expectation(self._shared_out(value, axes), stacked(slope), stacked(precision))
+        return e, Coupled(self._shared_out(rest, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
 
     @staticmethod
     def _data(outcome: Outcome, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -446,7 +446,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("spread", [0.05, 0.8, 3.0])
 @pytest.mark.parametrize(("family", "link"), ALL)
-def test_remainder_is_the_correction_with_its_derivatives(family, link, spread):
+def test_integrals_are_the_expectation_and_the_correction_with_its_derivatives(family, link, spread):
     rng = np.random.default_rng(2)
     fate, n = get_family(family, link), 12
     trials = rng.integers(1, 6, size=n).astype(float) if fate.kind == "successes" else None
@@ -455,7 +455,11 @@ def test_remainder_is_the_correction_with_its_derivatives(family, link, spread):
     phi = None if phi_of(fate) is None else torch.stack([phi_of(fate), 1.3 * phi_of(fate)])
     m = torch.as_tensor(rng.normal(size=(2, n))).requires_grad_(True)
     v = torch.as_tensor(spread * rng.uniform(0.5, 1.2, size=(2, n))).requires_grad_(True)
-    found = fate.remainder(outcome, m.detach(), v.detach(), phi)
+    expectation, found = fate.integrals(outcome, m.detach(), v.detach(), phi)
+    for x, alone in zip(
+        vars(expectation).values(), vars(fate.expect(outcome, m.detach(), v.detach(), phi)).values(), strict=True
+    ):
+        torch.testing.assert_close(x, alone, rtol=1e-12, atol=1e-12)
     if fate.quadratic:
         assert all(not bool(x.any()) for x in vars(found).values())
         return
