@@ -31,6 +31,9 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     scale
         ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
         ``"realized"``: sample variances of the effects in these very cells, with what the components share as a row.
+        ``"observation"``: first-order shares of the variance of the fate itself, with the `interaction` that a link makes.
+        ``"additive"``: the same as far as a line follows the link, the additive variance of quantitative genetics; the rest of
+        the mean is `nonlinear`. Not for gaussian fates, whose latent scale it is, nor for ordinal and categorical ones.
 
     Returns
     -------

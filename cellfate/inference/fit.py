@@ -57,7 +57,7 @@ class Evaluated:
 class GLMMFit:
     """A fitted model: what is reported, as plain arrays and columns of tables.
 
-    components, shares: columns of tidy tables, a row per scale ("latent", "link", "realized") and component: posterior mean,
+    components, shares: columns of tidy tables, a row per scale ("latent", "link", "realized", ...) and component: posterior mean,
     sd and 95% interval. fixed_effects: a row per column of X, on link scale. draws: posterior draws by name, such as
     `variance_lineage`, `lengthscale_spatial`, `share_lineage`, `beta[x0]`. effects: component -> posterior mean and sd (n,).
     mode: hyperparameters at their posterior mode, with the `free_energy` there. log_evidence: of the whole model.

@@ -14,10 +14,18 @@ from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.model.catalog import concrete, get_family
 from cellfate.model.families import Family
 from cellfate.model.glmm import FIXED, RESIDUAL
+from cellfate.model.observation import INTERACTION, NONLINEAR
 from cellfate.model.partition import DISTRIBUTION, SHARED
 from cellfate.trees.forest import examples
 
-RESERVED = (FIXED, RESIDUAL, DISTRIBUTION, SHARED)  # rows of the tables that no component may be called
+RESERVED = (
+    FIXED,
+    RESIDUAL,
+    DISTRIBUTION,
+    SHARED,
+    INTERACTION,
+    NONLINEAR,
+)  # rows of the tables that no component may be called
 FEWEST = 2  # cells that have to show each side of a fate
 LARGEST_LOG_OFFSET = 50.0  # exp(50) cells, molecules or seconds: the logarithm was forgotten
 DEPENDENT = 1e-10  # singular value, relative to the largest, below which scaled columns count as collinear

@@ -155,6 +155,10 @@ class Family(ABC):
         After Nakagawa, Johnson & Schielzeth (2017), with the trigamma form for log links.
         """
 
+    def noise(self, mean: Tensor, phi: Tensor | None = None) -> Tensor | None:
+        """Variance of a response given its `mean`, of one trial; None where responses have no scale of their own."""
+        return None
+
     def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
         """Expectations under `N(mean, variance)`, by Gauss-Hermite quadrature."""
 
@@ -328,6 +332,9 @@ class Binomial(Family):
         p = self._link.inverse(torch.as_tensor(np.asarray(eta, dtype=float))).numpy()
         return rng.binomial(np.asarray(1 if trials is None else trials, dtype=np.int64), p).astype(float)
 
+    def noise(self, mean: Tensor, phi: Tensor | None = None) -> Tensor:
+        return mean * (1 - mean)
+
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         return torch.full_like(total, self._link.distribution_variance)
 
@@ -387,6 +394,9 @@ class Poisson(_LogCount):
     def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         return rng.poisson(np.exp(eta)).astype(float)
 
+    def noise(self, mean: Tensor, phi: Tensor | None = None) -> Tensor:
+        return mean
+
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         return torch.special.polygamma(1, torch.exp(eta + total / 2).mean(-1, keepdim=True))
 
@@ -416,6 +426,10 @@ class NegativeBinomial(_LogCount):
     def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         phi = own.get("dispersion", 0.5)
         return rng.poisson(np.exp(eta) * rng.gamma(1 / phi, phi, size=np.shape(eta))).astype(float)
+
+    def noise(self, mean: Tensor, phi: Tensor | None = None) -> Tensor:
+        assert phi is not None
+        return mean + phi * mean.square()
 
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         assert phi is not None

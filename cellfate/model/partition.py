@@ -1,8 +1,9 @@
 """From posterior draws of variances to a partition: each component's variance and its share of the total.
 
-Three scales, none hidden in another. *Latent*: the random components and the variance of the fixed part among these cells.
+Several scales, none hidden in another. *Latent*: the random components and the variance of the fixed part among these cells.
 *Link*: the same, with the variance that the family's own distribution adds (Nakagawa, Johnson & Schielzeth 2017). *Realized*: the
 sample variances that the fields have in these very cells, and as `shared` twice their covariances, which this data cannot assign.
+*Observation* and *additive*: what part of the variance of the fate itself, see :mod:`cellfate.model.observation`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 
 from cellfate.model.glmm import FIXED, RESIDUAL, Model, Theta
+from cellfate.model.observation import DISTRIBUTION, on_observation_scale
 
-DISTRIBUTION = "distribution"
 SHARED = "shared"
 LATENT, LINK, REALIZED = "latent", "link", "realized"
 CHUNK = 2**19  # entries of cells x draws at once
@@ -83,7 +84,7 @@ def partition(
     seen = {name: realized[name] for name in order if name in realized}
     if len(set(seen) - {SHARED, RESIDUAL}) <= 1:
         seen.pop(SHARED, None)  # a single component shares nothing
-    return {LATENT: parts, LINK: link, REALIZED: seen}
+    return {LATENT: parts, LINK: link, REALIZED: seen} | on_observation_scale(model, values, beta, parts)
 
 
 def rows(
@@ -108,7 +109,8 @@ def rows(
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
         total = sum(parts.values())
-        kept = [draws if scale == REALIZED else draws / intercepts.get(c, 1.0) for c, draws in parts.items()]
+        of_intercepts = intercepts if scale in (LATENT, LINK) else {}
+        kept = [draws / of_intercepts.get(c, 1.0) for c, draws in parts.items()]
         found = summaries(np.stack([*kept, *(draws / total for draws in parts.values())])) if parts else []
         for component, *both in zip(parts, found[: len(parts)], found[len(parts) :], strict=True):
             for table, name, (mean, sd, lower, upper) in zip(tables, ("variance", "share"), both, strict=True):

@@ -52,6 +52,10 @@ class Beta(Family):
         y = rng.beta(mu * phi, (1 - mu) * phi)
         return np.clip(y, np.finfo(float).tiny, 1 - np.finfo(float).epsneg)
 
+    def noise(self, mean: Tensor, phi: Tensor | None = None) -> Tensor:
+        assert phi is not None
+        return mean * (1 - mean) / (1 + phi)
+
     def distribution_variance(self, eta: Tensor, total: Tensor, phi: Tensor | None = None) -> Tensor:
         """Variance of the logit of a beta variable, exactly: trigamma(mu phi) + trigamma((1 - mu) phi), averaged over cells."""
         _, _, a, b = self._shapes(eta, phi)

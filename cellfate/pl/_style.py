@@ -25,6 +25,8 @@ COLORS = {
     "lineage": "#D55E00",
     "spatial": "#0072B2",
     "shared": "#CC79A7",
+    "interaction": "#CC79A7",
+    "nonlinear": "#CC79A7",
     "fixed": "#E69F00",
     "residual": "#8C8C8C",
     "distribution": "#BDBDBD",
@@ -98,6 +100,8 @@ def share_label(components: Iterable[str], scale: str = "latent") -> str:
         "latent": f"share of the {whole}",
         "link": "share of the variance on link scale",
         "realized": "share of the realized variance in these cells",
+        "observation": "share of the variance of the fate itself",
+        "additive": "additive share of the variance of the fate itself",
     }.get(scale, f"share of variance ({scale})")
 
 

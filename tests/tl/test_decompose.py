@@ -1,7 +1,7 @@
 """What `decompose` adds to its parts: the specimen as a group, warnings of what cannot work, names that files can hold."""
 
+import importlib
 import logging
-import sys
 import warnings
 
 import anndata
@@ -31,7 +31,7 @@ def components(monkeypatch):
             found.extend(component.name for component in components)
             raise Stopped
 
-        monkeypatch.setattr(sys.modules[MODULE], "GLMM", stop)
+        monkeypatch.setattr(importlib.import_module(MODULE), "GLMM", stop)
         with pytest.raises(Stopped):
             cf.tl.decompose(adata, **BERNOULLI | arguments)
         return found
