@@ -15,6 +15,7 @@ FREE_ENERGY = "free_energy"
 LOG_EVIDENCE = "log_evidence"
 DIAGNOSTICS = "diagnostics"
 ANCESTORS = "ancestors"
+MARGINAL_EFFECTS = "marginal_effects"
 CORRELATIONS = "cellfate_correlations"
 RESPONSES = "responses"  # a row per response, where there are many
 

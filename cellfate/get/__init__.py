@@ -9,6 +9,7 @@ from cellfate.get.tables import (
     effects,
     fixed_effects,
     hyperparameters,
+    marginal_effects,
     params,
     responses,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "effects",
     "fixed_effects",
     "hyperparameters",
+    "marginal_effects",
     "params",
     "responses",
 ]

@@ -141,13 +141,28 @@ def ancestors(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Columns `node` (its name), `tree`, `parent` (empty at a root), `depth`, posterior `mean` and `sd`, `is_leaf`, and `n_cells`, how
     many cells of the fit are below it.
     """
-    if _keys.ANCESTORS not in _results(adata, key):
-        call = "adata" if key == _keys.KEY else f"adata, key={key!r}"
-        first, *rest = call.split(", ")
-        raise DataError(
-            f"adata.uns[{key!r}] has no {_keys.ANCESTORS!r}. Run `cf.tl.predict({', '.join([first, repr(_keys.ANCESTORS), *rest])})` first."
-        )
-    return _table(adata, key, _keys.ANCESTORS).reset_index(drop=True)
+    return _later(adata, key, _keys.ANCESTORS, "predict", repr(_keys.ANCESTORS))
+
+
+def marginal_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Population effects of a covariate, on the scale of the fate: probabilities, counts, or what was measured.
+
+    Needs :func:`cellfate.tl.marginal_effects`.
+
+    Returns
+    -------
+    Columns `covariate`; `quantity`, the ``"mean"`` over the cells under a `scenario`, or its ``"difference"`` or ``"ratio"`` `against`
+    the first; `estimate`, `sd`, `lower`, `upper` (95% interval).
+    """
+    return _later(adata, key, _keys.MARGINAL_EFFECTS, "marginal_effects", "<covariate>")
+
+
+def _later(adata: AnnData, key: str, name: str, tool: str, argument: str) -> pd.DataFrame:
+    """A table that a tool adds to a fit."""
+    if name not in _results(adata, key):
+        more = "" if key == _keys.KEY else f", key={key!r}"
+        raise DataError(f"adata.uns[{key!r}] has no {name!r}. Run `cf.tl.{tool}(adata, {argument}{more})` first.")
+    return _table(adata, key, name).reset_index(drop=True)
 
 
 def params(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:

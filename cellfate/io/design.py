@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +64,26 @@ def model_columns(formula: str, obs: pd.DataFrame, label: str) -> tuple[np.ndarr
         ) from e
     terms = tuple(str(term) for term in matrix.columns)
     return np.asarray(matrix, dtype=np.float64).reshape(len(obs), len(terms)), terms
+
+
+def scenario_columns(formula: str, obs: pd.DataFrame, setting: Mapping[str, Any]) -> np.ndarray:
+    """Columns (n, p) of a formula with some covariates set to one value in all cells, coded as they are in `obs`.
+
+    What a formula takes from a whole column, such as its mean in `center`, stays that of the cells.
+    """
+    label = f"formula {formula!r}"
+    parsed = _parse(formula, label)
+    frame = pd.DataFrame({name: _covariate(obs[name], name) for name in columns_of(formula)}, index=obs.index)
+    spec = parsed.get_model_matrix(frame, context={}, na_action="ignore").model_spec
+    other = frame.copy()
+    for name, value in setting.items():
+        dtype = frame[name].dtype
+        if isinstance(dtype, pd.CategoricalDtype):
+            level = value if value in dtype.categories else str(value)
+            other[name] = pd.Categorical([level] * len(frame), dtype=dtype)
+        else:
+            other[name] = float(value)
+    return np.asarray(spec.get_model_matrix(other, context={}, na_action="ignore"), dtype=np.float64)
 
 
 def separating(

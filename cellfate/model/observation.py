@@ -69,7 +69,9 @@ def observed(
     of_fixed = mu @ w  # (s, p)
     mean = of_fixed @ weight
     between = (mu.square() @ w) @ weight - mean.square()
-    noise = (family.noise(mu, None if phi is None else phi[..., None]) / trials @ w) @ weight
+    of_one = family.noise(mu, None if phi is None else phi[..., None])
+    assert of_one is not None
+    noise = (of_one @ w) @ weight / trials
     # the average slope of the link, by Stein's identity
     slope = ((mu * x) @ w) @ weight / sd.clamp(min=1e-12)
 

@@ -2,6 +2,7 @@
 
 from cellfate.tl.correlate import correlate
 from cellfate.tl.decompose import decompose
+from cellfate.tl.marginal_effects import marginal_effects
 from cellfate.tl.predict import predict
 
-__all__ = ["correlate", "decompose", "predict"]
+__all__ = ["correlate", "decompose", "marginal_effects", "predict"]

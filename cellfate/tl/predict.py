@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from cellfate import _keys, get
 from cellfate._runtime import SeedLike
 from cellfate.cells import Cells
-from cellfate.errors import CellfateWarning, DataError, unknown
-from cellfate.inference.fit import GLMM
-from cellfate.io.again import GRAPH, modelling, reading
+from cellfate.errors import DataError, unknown
+from cellfate.io.again import GRAPH, reading
 from cellfate.io.ancestors import ancestors_table, check_attributes, graphs_of, with_all_nodes, write_attributes
-from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.places import grid_places, read_places
 from cellfate.io.store import write_table
-from cellfate.tl.components import components_of
+from cellfate.tl.fitted import fitted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +97,6 @@ def predict(
     if isinstance(target, str) and target not in (ANCESTORS, GRID):
         raise unknown("target", target, (ANCESTORS, GRID))
     params = get.params(adata, key)
-    get.diagnostics(adata, key)  # of many fates there are none, and it says what to do
     of_nodes = isinstance(target, str) and target == ANCESTORS
     _check_target(params, of_nodes, target, library, size)
     handed = {
@@ -113,32 +107,28 @@ def predict(
         "offset": offset,
         "trials": trials,
     }
-    arguments = reading(params, handed)
-    graphs = graphs_of(adata, arguments["lineage"]) if of_nodes else {}
+    graphs = graphs_of(adata, reading(params, handed)["lineage"]) if of_nodes else {}
     check_attributes(graphs, key)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CellfateWarning)  # the fit has said them
-        cells = read_cells(adata, str(params["fate"]), **arguments)
-        _check_same(adata, key, params, cells)
-        if of_nodes:
-            cells = with_all_nodes(adata, cells, arguments["lineage"], str(params["lineage_kernel"]))
-        glmm = _model(cells, params, device)
-    stored = get.draws(adata, key)
-    values = {name: stored[name].to_numpy() for name in stored.columns}
+
+    def all_nodes(cells: Cells, arguments: Mapping[str, Any]) -> Cells:
+        return with_all_nodes(adata, cells, arguments["lineage"], str(params["lineage_kernel"]))
+
+    fit = fitted(adata, key, handed, device, all_nodes if of_nodes else None)
+    cells, glmm = fit.cells, fit.glmm
     if not of_nodes:
-        library_key = arguments.get("library_key")
+        library_key = fit.arguments.get("library_key")
         where = (
             grid_places(cells, size, library_key)
             if isinstance(target, str)
             else read_places(target, library, cells, library_key)
         )
-        found = glmm.elsewhere(values, where.coordinates, where.codes, count=draws, rng=rng)
+        found = glmm.elsewhere(fit.draws, where.coordinates, where.codes, count=draws, rng=rng)
         return where.frame.assign(mean=found.mean, sd=found.sd)
-    found = glmm.ancestors(values, count=draws, rng=rng)
+    found = glmm.ancestors(fit.draws, count=draws, rng=rng)
     adata = adata.copy() if copy else adata
     table = ancestors_table(cells, found.mean, found.sd)
     write_table(adata, key, _keys.ANCESTORS, table)
-    write_attributes(graphs_of(adata, arguments["lineage"]), key, cells, table)
+    write_attributes(graphs_of(adata, fit.arguments["lineage"]), key, cells, table)
     return adata if copy else None
 
 
@@ -161,30 +151,3 @@ def _check_target(params: Mapping[str, Any], of_nodes: bool, target: Any, librar
         raise DataError("size is for target='grid'. Leave it out.")
     if library is not None and isinstance(target, str):
         raise DataError(f"library is for positions; {target!r} is of all specimens. Leave it out, and select rows.")
-
-
-def _check_same(adata: AnnData, key: str, params: Mapping[str, Any], cells: Cells) -> None:
-    """The cells that are read now are those of the fit."""
-    fitted = get.effects(adata, key).notna().all(axis=1).to_numpy()
-    if int(params["n_cells"]) != len(cells.names) or not np.array_equal(fitted, cells.kept):
-        raise DataError(
-            f"the fit was made on {int(params['n_cells'])} cells, and {len(cells.names)} are read now, {int((fitted & cells.kept).sum())} "
-            "of them the same. Predict from the adata that was fitted, or fit this one."
-        )
-
-
-def _model(cells: Cells, params: Mapping[str, Any], device: str | torch.device) -> GLMM:
-    options = modelling(params)
-    lengthscale = float(params["lengthscale"]) if "lengthscale" in params else None
-    kernels = [str(params.get(f"{name}_kernel", "")) for name in ("lineage", "spatial")]
-    more = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
-    components = components_of(cells, kernels[0], kernels[1], lengthscale, options["rank"], **more)
-    glmm = GLMM(str(params["family"]), components, device=device, **options)
-    return glmm.on(
-        cells.response,
-        cells.design,
-        cells.offset,
-        trials=cells.trials,
-        terms=cells.terms,
-        response=cells.response_name,
-    )

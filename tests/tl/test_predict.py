@@ -308,7 +308,7 @@ def seen(monkeypatch):
         found.append((cells, (*arguments, *more.values())))
         return components_of(cells, *arguments, **more)
 
-    for module in ("decompose", "predict"):
+    for module in ("decompose", "fitted"):
         monkeypatch.setattr(sys.modules[f"cellfate.tl.{module}"], "components_of", noting)
     return found
 

@@ -1,0 +1,82 @@
+"""A fit in `adata`, read again: its cells and its model, for what is asked of it later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellfate import get
+from cellfate.cells import Cells
+from cellfate.errors import CellfateWarning, DataError
+from cellfate.inference.fit import GLMM
+from cellfate.io.again import modelling, reading
+from cellfate.io.anndata import read_cells
+from cellfate.tl.components import components_of
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Cells and model of a fit, its posterior draws by name, its settings, and the arguments with which it was read."""
+
+    cells: Cells
+    glmm: GLMM
+    draws: dict[str, np.ndarray]
+    params: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+def fitted(
+    adata: AnnData,
+    key: str,
+    handed: Mapping[str, Any],
+    device: str | torch.device,
+    change: Callable[[Cells, Mapping[str, Any]], Cells] | None = None,
+) -> Fitted:
+    """The fit under `key`; `handed` was handed over to it and not named. `change` makes other cells of them for the model."""
+    params = get.params(adata, key)
+    get.diagnostics(adata, key)  # of many fates there are none, and it says what to do
+    arguments = reading(params, handed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CellfateWarning)  # the fit has said them
+        cells = read_cells(adata, str(params["fate"]), **arguments)
+        _check_same(adata, key, params, cells)
+        if change is not None:
+            cells = change(cells, arguments)
+        glmm = _model(cells, params, device)
+    stored = get.draws(adata, key)
+    return Fitted(cells, glmm, {name: stored[name].to_numpy() for name in stored.columns}, params, arguments)
+
+
+def _check_same(adata: AnnData, key: str, params: Mapping[str, Any], cells: Cells) -> None:
+    """The cells that are read now are those of the fit."""
+    then = get.effects(adata, key).notna().all(axis=1).to_numpy()
+    if int(params["n_cells"]) != len(cells.names) or not np.array_equal(then, cells.kept):
+        raise DataError(
+            f"the fit was made on {int(params['n_cells'])} cells, and {len(cells.names)} are read now, {int((then & cells.kept).sum())} "
+            "of them the same. Go on from the adata that was fitted, or fit this one."
+        )
+
+
+def _model(cells: Cells, params: Mapping[str, Any], device: str | torch.device) -> GLMM:
+    options = modelling(params)
+    lengthscale = float(params["lengthscale"]) if "lengthscale" in params else None
+    kernels = [str(params.get(f"{name}_kernel", "")) for name in ("lineage", "spatial")]
+    more = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
+    components = components_of(cells, kernels[0], kernels[1], lengthscale, options["rank"], **more)
+    glmm = GLMM(str(params["family"]), components, device=device, **options)
+    return glmm.on(
+        cells.response,
+        cells.design,
+        cells.offset,
+        trials=cells.trials,
+        terms=cells.terms,
+        response=cells.response_name,
+    )
