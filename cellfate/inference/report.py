@@ -100,12 +100,15 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
         correlation = float(np.corrcoef(rankdata(np.stack([lineage, spatial]), axis=1))[0, 1])  # Spearman's
     share = lineage / (lineage + spatial)
     width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
+    return correlation, told_apart(correlation, width)
+
+
+def told_apart(correlation: float, width: float) -> str:
+    """In words, from the correlation of both variances and the width of the interval of how ancestry and neighborhood divide."""
     if correlation < -0.6 and width > 0.5:
-        verdict = "confounded: this data knows the sum of ancestry and neighborhood better than either"
-    elif width > 0.7:
-        verdict = "weak: this data says little about how ancestry and neighborhood divide what they explain"
-    elif width > 0.4:
-        verdict = "partial: ancestry and neighborhood are told apart roughly, the interval of how they divide is wide"
-    else:
-        verdict = "clear: this data tells ancestry and neighborhood apart"
-    return correlation, verdict
+        return "confounded: this data knows the sum of ancestry and neighborhood better than either"
+    if width > 0.7:
+        return "weak: this data says little about how ancestry and neighborhood divide what they explain"
+    if width > 0.4:
+        return "partial: ancestry and neighborhood are told apart roughly, the interval of how they divide is wide"
+    return "clear: this data tells ancestry and neighborhood apart"

@@ -1,0 +1,129 @@
+"""What a design can tell, before any fate is looked at: from the kernels, the information that data of this kind would hold.
+
+With sites of precision tau the marginal covariance of the (pseudo-)data is V = sum v_k K_k + 1/tau. The expected information on its
+parameters, fixed effects integrated out, is tr(R D_j R D_k) / 2 with R the inverse of V and D_j its derivatives. Other shapes, such as
+a length-scale, are nuisance parameters: what they take is not counted as known. Traces are exact for some cells and estimated by
+random probes for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from cellfate.engines.base import Engine, Sites
+from cellfate.inference.report import told_apart
+from cellfate.kernels.base import Term
+from cellfate.model.glmm import FIXED, RESIDUAL, Model, Theta
+
+EXACT, PROBES = 1500, 64  # cells up to which traces are exact, and random vectors beyond
+STEP = 1e-3  # of a shape's coordinate, where it is differentiated
+LEVEL = 0.05  # of the one-sided test whose power is told
+PAIR = ("lineage", "spatial")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Expected of a fit: `alignment` of the two kernels (1: one cannot be told from the other), standard errors of both variances and
+    of the share of ancestry in what the two explain, correlation of the errors, power of a 5% test for each given the other.
+    """
+
+    alignment: float
+    errors: dict[str, float]
+    share: float
+    error_share: float
+    correlation: float
+    power: dict[str, float]
+    verdict: str
+
+
+@torch.no_grad()
+def expected(model: Model, engine: Engine, values: Mapping[str, float], precision: float) -> Expected:
+    """At natural `values` of all hyperparameters by name, the residual variance apart, with sites of this `precision`.
+
+    Where the model is gaussian the residual variance is estimated too.
+    """
+    n, like = model.data.n, model.data.offset
+    x, scale = torch.eye(n).to(like), 1.0
+    if n > EXACT:
+        signs = torch.randint(2, (n, PROBES), generator=torch.Generator().manual_seed(0))
+        x, scale = (2.0 * signs - 1.0).to(like), 1 / PROBES
+    names = [c.name for c in model.components]
+
+    def theta(changed: Mapping[str, float] = {}) -> Theta:
+        at = {**values, **changed}
+        own = {"variance_residual": 1 / precision} if model.family.parameter == "variance_residual" else {}
+        return model.from_natural({**at, **own})[0]
+
+    def times(term: Term) -> Callable[[Tensor], Tensor]:
+        nothing = like.new_zeros(1, n)
+        prior = engine.condition([term], Sites(nothing, nothing))
+        return lambda y: prior.prior_times(y[None])[0]
+
+    def unit(changed: Mapping[str, float] = {}) -> dict[str, Callable[[Tensor], Tensor]]:
+        ones = {f"variance_{name}": 1.0 for name in names}
+        return {t.name: times(t) for t in model.terms(theta({**ones, **changed})) if t.name != FIXED}
+
+    kernels = unit()
+    derivatives: dict[str, Callable[[Tensor], Tensor]] = {f"variance_{name}": kernels[name] for name in names}
+    for component in model.components:
+        for h in component.kernel.hyperparameters:
+            parameter = h.parameter(component.name)
+            if h.fixed is not None or parameter not in values:
+                continue
+            up, down = (
+                unit({parameter: values[parameter] * np.exp(sign * STEP)})[component.name] for sign in (1.0, -1.0)
+            )
+            size = values[f"variance_{component.name}"] / (2 * STEP)
+            derivatives[parameter] = lambda y, up=up, down=down, size=size: size * (up(y) - down(y))  # type: ignore[misc]
+    if model.family.parameter == "variance_residual":
+        derivatives[f"variance_{RESIDUAL}"] = lambda y: y
+
+    def information(changed: Mapping[str, float]) -> np.ndarray:
+        sites = Sites(like.new_full((1, n), precision), like.new_zeros(1, n))
+        posterior = engine.condition(model.terms(theta(changed)), sites)
+
+        def residual(y: Tensor) -> Tensor:
+            return posterior.residual(y[None])[0]
+
+        first = [d(residual(x)) for d in derivatives.values()]
+        second = [residual(d(x)) for d in derivatives.values()]
+        traces = scale * torch.stack([torch.stack([(a * b).sum() for b in second]) for a in first])
+        return ((traces + traces.mT) / 4).cpu().numpy()
+
+    order = list(derivatives)
+    places = [order.index(f"variance_{name}") for name in PAIR]
+    covariance = _inverse(information({}), order, values, precision)
+    pair = covariance[np.ix_(places, places)]
+    errors = dict(zip(PAIR, np.sqrt(np.diag(pair)).tolist(), strict=True))
+    correlation = float(pair[0, 1] / np.sqrt(pair[0, 0] * pair[1, 1]))
+    a, s = (values[f"variance_{name}"] for name in PAIR)
+    slope = np.array([s, -a]) / (a + s) ** 2
+    error_share = float(np.sqrt(slope @ pair @ slope))
+    power = {}
+    for name, place in zip(PAIR, places, strict=True):
+        absent = {f"variance_{name}": 1e-8 * values[f"variance_{name}"]}
+        under_none = _inverse(information(absent), order, {**values, **absent}, precision)[place, place] ** 0.5
+        distance = (norm.ppf(1 - LEVEL) * under_none - values[f"variance_{name}"]) / errors[name]
+        power[name] = float(norm.sf(distance))
+    centered = [k(x - x.mean(0)) for k in (kernels[name] for name in PAIR)]
+    one, other = (k - k.mean(0) for k in centered)
+    alignment = float((one * other).sum() / (one.norm() * other.norm()))
+    width = 2 * norm.ppf(0.975) * error_share
+    return Expected(
+        alignment, errors, a / (a + s), error_share, correlation, power, told_apart(correlation, min(width, 1.0))
+    )
+
+
+def _inverse(information: np.ndarray, order: list[str], values: Mapping[str, float], precision: float) -> np.ndarray:
+    """Covariance of the estimates; shapes and variances are known to a factor of ten without any data."""
+    prior = np.zeros(len(order))
+    for i, name in enumerate(order):
+        size = 1.0 if not name.startswith("variance_") else max(values.get(name, 1 / precision), 1e-2)
+        prior[i] = 1 / (np.log(10) * size) ** 2
+    return np.linalg.inv(information + np.diag(prior))
