@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.report import told_apart
 from cellfate.kernels.base import Term
-from cellfate.model.glmm import FIXED, RESIDUAL, Model, Theta
+from cellfate.model.glmm import FIXED, RESIDUAL, Model
 
 EXACT, PROBES = 1500, 64  # cells up to which traces are exact, and random vectors beyond
 STEP = 1e-3  # of a shape's coordinate, where it is differentiated
 LEVEL = 0.05  # of the one-sided test whose power is told
+Operator = Callable[[Tensor], Tensor]
 PAIR = ("lineage", "spatial")
 
 
@@ -53,40 +55,12 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
     if n > EXACT:
         signs = torch.randint(2, (n, PROBES), generator=torch.Generator().manual_seed(0))
         x, scale = (2.0 * signs - 1.0).to(like), 1 / PROBES
-    names = [c.name for c in model.components]
-
-    def theta(changed: Mapping[str, float] = {}) -> Theta:
-        at = {**values, **changed}
-        own = {"variance_residual": 1 / precision} if model.family.parameter == "variance_residual" else {}
-        return model.from_natural({**at, **own})[0]
-
-    def times(term: Term) -> Callable[[Tensor], Tensor]:
-        nothing = like.new_zeros(1, n)
-        prior = engine.condition([term], Sites(nothing, nothing))
-        return lambda y: prior.prior_times(y[None])[0]
-
-    def unit(changed: Mapping[str, float] = {}) -> dict[str, Callable[[Tensor], Tensor]]:
-        ones = {f"variance_{name}": 1.0 for name in names}
-        return {t.name: times(t) for t in model.terms(theta({**ones, **changed})) if t.name != FIXED}
-
-    kernels = unit()
-    derivatives: dict[str, Callable[[Tensor], Tensor]] = {f"variance_{name}": kernels[name] for name in names}
-    for component in model.components:
-        for h in component.kernel.hyperparameters:
-            parameter = h.parameter(component.name)
-            if h.fixed is not None or parameter not in values:
-                continue
-            up, down = (
-                unit({parameter: values[parameter] * np.exp(sign * STEP)})[component.name] for sign in (1.0, -1.0)
-            )
-            size = values[f"variance_{component.name}"] / (2 * STEP)
-            derivatives[parameter] = lambda y, up=up, down=down, size=size: size * (up(y) - down(y))  # type: ignore[misc]
-    if model.family.parameter == "variance_residual":
-        derivatives[f"variance_{RESIDUAL}"] = lambda y: y
+    own = {"variance_residual": 1 / precision} if model.family.parameter == "variance_residual" else {}
+    derivatives = slopes(model, engine, {**values, **own})
 
     def information(changed: Mapping[str, float]) -> np.ndarray:
         sites = Sites(like.new_full((1, n), precision), like.new_zeros(1, n))
-        posterior = engine.condition(model.terms(theta(changed)), sites)
+        posterior = engine.condition(model.terms(model.from_natural({**values, **own, **changed})[0]), sites)
 
         def residual(y: Tensor) -> Tensor:
             return posterior.residual(y[None])[0]
@@ -111,13 +85,52 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
         under_none = _inverse(information(absent), order, {**values, **absent}, precision)[place, place] ** 0.5
         distance = (norm.ppf(1 - LEVEL) * under_none - values[f"variance_{name}"]) / errors[name]
         power[name] = float(norm.sf(distance))
-    centered = [k(x - x.mean(0)) for k in (kernels[name] for name in PAIR)]
+    centered = [derivatives[f"variance_{name}"](x - x.mean(0)) for name in PAIR]
     one, other = (k - k.mean(0) for k in centered)
     alignment = float((one * other).sum() / (one.norm() * other.norm()))
     width = 2 * norm.ppf(0.975) * error_share
     return Expected(
         alignment, errors, a / (a + s), error_share, correlation, power, told_apart(correlation, min(width, 1.0))
     )
+
+
+def slopes(model: Model, engine: Engine, values: Mapping[str, float]) -> dict[str, Operator]:
+    """Derivatives of the covariance of the data in its parameters, as operators on columns (n, k), at natural `values`.
+
+    By name: variances, shapes of kernels in their logarithms, and `variance_residual` where there is one.
+    """
+    names = [c.name for c in model.components]
+
+    def unit(changed: Mapping[str, float]) -> dict[str, Operator]:
+        ones = {f"variance_{name}": 1.0 for name in names}
+        terms = model.terms(model.from_natural({**values, **ones, **changed})[0])
+        return {term.name: prior_times(engine, term, model.data.offset) for term in terms if term.name != FIXED}
+
+    out: dict[str, Operator] = {f"variance_{name}": k for name, k in unit({}).items()}
+    for component in model.components:
+        for h in component.kernel.hyperparameters:
+            parameter = h.parameter(component.name)
+            if h.fixed is not None or parameter not in values:
+                continue
+            up, down = (
+                unit({parameter: values[parameter] * np.exp(sign * STEP)})[component.name] for sign in (1.0, -1.0)
+            )
+            size = values[f"variance_{component.name}"] / (2 * STEP)
+            out[parameter] = partial(_difference, up, down, size)
+    if model.family.parameter == "variance_residual":
+        out[f"variance_{RESIDUAL}"] = lambda y: y
+    return out
+
+
+def _difference(up: Operator, down: Operator, size: float, y: Tensor) -> Tensor:
+    return size * (up(y) - down(y))
+
+
+def prior_times(engine: Engine, term: Term, like: Tensor) -> Operator:
+    """The covariance of one component, as an operator."""
+    nothing = like.new_zeros(1, engine.n)
+    prior = engine.condition([term], Sites(nothing, nothing))
+    return lambda y: prior.prior_times(y[None])[0]
 
 
 def _inverse(information: np.ndarray, order: list[str], values: Mapping[str, float], precision: float) -> np.ndarray:
