@@ -1,6 +1,9 @@
 """Is the truth found? Estimates of both variances over simulated sets of one family, all of one truth.
 
     python benchmarks/recovery.py --family ordinal --sets 50 --n 500
+    python benchmarks/recovery.py --family poisson_olre --sets 50 --n 500
+
+`poisson_olre`: counts whose cells differ by an effect of their own, too.
 
 Sets differ in tree, positions and chance. Printed for each component: the true variance, mean over sets of the posterior median and
 of the mode, their bias relative to the truth with its Monte-Carlo error, and how often the 95% interval holds the truth. The
@@ -23,7 +26,8 @@ from machine import set_threads, table, write
 
 TRUTH = {"lineage": 1.0, "spatial": 1.0}
 LENGTHSCALE = 0.5
-MORE = {"binomial": {"trials": "trials"}}  # arguments of the fit that a family needs
+OLRE = 0.5
+MORE = {"binomial": {"trials": "trials"}, "poisson_olre": {"olre": True}}  # arguments of the fit that a family needs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,29 +45,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     warnings.simplefilter("ignore", cf.CellfateWarning)
     logging.getLogger("cellfate").setLevel(logging.ERROR)
-    found: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in TRUTH}
+    family = options.family.removesuffix("_olre")
+    truth = TRUTH | ({"olre": OLRE} if family != options.family else {})
+    found: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth}
     began = time.perf_counter()
     for k in range(options.sets):
         seed = np.random.SeedSequence([options.seed, k, options.n])
         variances = {f"variance_{name}": value for name, value in TRUTH.items()}
-        adata = cf.datasets.simulate(
-            options.n, family=options.family, **variances, lengthscale=LENGTHSCALE, rng=np.random.default_rng(seed)
-        )
-        cf.tl.decompose(
-            adata, "fate", family=options.family, lengthscale=LENGTHSCALE, rng=k, **MORE.get(options.family, {})
-        )
+        of = {"family": family} if family == options.family else {"family": "gaussian", "variance_residual": OLRE}
+        rng = np.random.default_rng(seed)
+        adata = cf.datasets.simulate(options.n, **of, **variances, lengthscale=LENGTHSCALE, rng=rng)
+        if family != options.family:  # what was measured is the log rate
+            adata.obs["fate"] = rng.poisson(np.exp(adata.obs["fate"]))
+        cf.tl.decompose(adata, "fate", family=family, lengthscale=LENGTHSCALE, rng=k, **MORE.get(options.family, {}))
         draws, mode = cf.get.draws(adata), adata.uns["cellfate"]["mode"]
-        for name, value in TRUTH.items():
+        for name, value in truth.items():
             low, middle, high = np.quantile(draws[f"variance_{name}"], [0.025, 0.5, 0.975])
             found[name].append((middle, mode[f"variance_{name}"], low <= value <= high))
         print(f"{k + 1} of {options.sets}", end="\r", file=sys.stderr)
     rows = []
     for name, values in found.items():
         median, mode, inside = np.array(values, dtype=float).T
-        row = {"family": options.family, "n": options.n, "sets": options.sets, "component": name, "truth": TRUTH[name]}
+        row = {"family": options.family, "n": options.n, "sets": options.sets, "component": name, "truth": truth[name]}
         for label, x in (("median", median), ("mode", mode)):
-            row |= {label: x.mean(), f"bias_{label}": x.mean() / TRUTH[name] - 1}
-            row[f"error_{label}"] = x.std(ddof=1) / np.sqrt(len(x)) / TRUTH[name]
+            row |= {label: x.mean(), f"bias_{label}": x.mean() / truth[name] - 1}
+            row[f"error_{label}"] = x.std(ddof=1) / np.sqrt(len(x)) / truth[name]
         row |= {"coverage": inside.mean(), "seconds": (time.perf_counter() - began) / options.sets}
         rows.append(row)
     print(table(rows, 3))

@@ -16,6 +16,7 @@ LOG_EVIDENCE = "log_evidence"
 DIAGNOSTICS = "diagnostics"
 ANCESTORS = "ancestors"
 MARGINAL_EFFECTS = "marginal_effects"
+TESTS = "tests"
 IDENTIFIABILITY = "cellfate_identifiability"
 CORRELATIONS = "cellfate_correlations"
 RESPONSES = "responses"  # a row per response, where there are many

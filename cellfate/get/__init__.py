@@ -12,6 +12,7 @@ from cellfate.get.tables import (
     marginal_effects,
     params,
     responses,
+    tests,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "marginal_effects",
     "params",
     "responses",
+    "tests",
 ]

@@ -157,11 +157,25 @@ def marginal_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.MARGINAL_EFFECTS, "marginal_effects", "<covariate>")
 
 
+def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Return whether each component is there at all, given the others.
+
+    Needs :func:`cellfate.tl.test_components`.
+
+    Returns
+    -------
+    Columns `component`; `given`, the components of the null model; `method`; `p`; and with ``"bootstrap"`` the `p_score` that was
+    calibrated.
+    """
+    return _later(adata, key, _keys.TESTS, "test_components", "").reset_index(drop=True)
+
+
 def _later(adata: AnnData, key: str, name: str, tool: str, argument: str) -> pd.DataFrame:
     """A table that a tool adds to a fit."""
     if name not in _results(adata, key):
         more = "" if key == _keys.KEY else f", key={key!r}"
-        raise DataError(f"adata.uns[{key!r}] has no {name!r}. Run `cf.tl.{tool}(adata, {argument}{more})` first.")
+        given = f", {argument}" if argument else ""
+        raise DataError(f"adata.uns[{key!r}] has no {name!r}. Run `cf.tl.{tool}(adata{given}{more})` first.")
     return _table(adata, key, name).reset_index(drop=True)
 
 

@@ -50,15 +50,14 @@ class Null:
     def __init__(self, model: Model, engine: Engine, rule: Rule, mode: Mode) -> None:
         theta = model.theta(mode.u[None])
         here = evaluate(model, engine, theta, rule, start=mode.sites, tolerance=SETTLED)
-        self.model, self.engine, self.posterior = model, engine, here.posterior
+        self.model, self.engine, self.posterior, self.terms = model, engine, here.posterior, here.terms
         self.b = here.posterior.weights[0]
         values = mode_values(model, mode)
-        own = {name: values[name] for name in model.own if name in values}
-        if model.family.parameter == f"variance_{RESIDUAL}":
-            own[f"variance_{RESIDUAL}"] = values[f"variance_{RESIDUAL}"]
+        own = [f"variance_{RESIDUAL}" if name == f"sd_{RESIDUAL}" else name for name in model.own]
+        self.own = {name: values[name] for name in own}  # hyperparameters of the family
         names = [f"variance_{c.name}" for c in model.components]
         shapes = [h.parameter(c.name) for c in model.components for h in c.kernel.hyperparameters if h.fixed is None]
-        at = {name: values[name] for name in (*names, *shapes) if name in values} | own
+        at = {name: values[name] for name in (*names, *shapes)} | self.own
         self.nuisance = list(slopes(model, engine, at).values())
 
     def residual(self, x: Tensor) -> Tensor:
