@@ -1,9 +1,9 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
+from cellfate.tl.component_tests import test_components
 from cellfate.tl.correlate import correlate
 from cellfate.tl.decompose import decompose
 from cellfate.tl.marginal_effects import marginal_effects
 from cellfate.tl.predict import predict
-from cellfate.tl.component_tests import test_components
 
 __all__ = ["correlate", "decompose", "marginal_effects", "predict", "test_components"]
