@@ -52,7 +52,7 @@ class Null:
         here = evaluate(model, engine, theta, rule, start=mode.sites, tolerance=SETTLED)
         self.model, self.engine, self.posterior, self.terms = model, engine, here.posterior, here.terms
         self.b = here.posterior.weights[0]
-        values = mode_values(model, mode)
+        values = self.values = mode_values(model, mode)
         own = [f"variance_{RESIDUAL}" if name == f"sd_{RESIDUAL}" else name for name in model.own]
         self.own = {name: values[name] for name in own}  # hyperparameters of the family
         names = [f"variance_{c.name}" for c in model.components]
@@ -72,7 +72,8 @@ def score_test(null: Null, engine: Engine, component: Component) -> Score:
     each = []
     for shape in shapes:
         like = null.b
-        values = {name: like.new_tensor([value]) for name, value in shape.items()}
+        lent = {name: null.values[name] for name in component.kernel.borrowed}  # shapes of components of the null model
+        values = {name: like.new_tensor([value]) for name, value in {**shape, **lent}.items()}
         term = Term(
             component.name, component.kernel.structure(values, like), like.new_ones(1), component.kernel.normalized
         )
