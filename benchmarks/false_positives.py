@@ -1,0 +1,133 @@
+"""Are components that are not there called there, and those that are there seen? Score tests over simulated fates.
+
+    python benchmarks/false_positives.py --sets 500 --n 200 --families gaussian bernoulli --figure false_positives.png
+
+Every set has a tree, positions half inherited and fields of its own. The tested component has variance 0 (false positives), or more
+(power); the other has variance 1, its length-scale is estimated. Printed: the share of sets with p < 0.05 and p < 0.01, with its
+Monte-Carlo error, and the mean p, which is 0.5 where there is nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from machine import set_threads, table, write
+
+OTHER = {"lineage": "spatial", "spatial": "lineage"}
+LENGTHSCALE = 0.5
+
+
+def p_value(task: tuple[str, str, float, int, int, float]) -> float:
+    """Of one set."""
+    family, tested, variance, n, seed, inheritance = task
+    set_threads(1)
+
+    import torch
+
+    import cellfate as cf
+    from cellfate.engines.choose import choose
+    from cellfate.inference.locate import locate
+    from cellfate.inference.score import Null, score_test
+    from cellfate.io.anndata import read_cells
+    from cellfate.kernels import Brownian, Matern32
+    from cellfate.kernels.base import Component
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("cellfate").setLevel(logging.ERROR)
+    rng = np.random.default_rng([seed, n, list(OTHER).index(tested)])
+    variances = {f"variance_{tested}": variance, f"variance_{OTHER[tested]}": 1.0}
+    adata = cf.datasets.simulate(
+        n, family=family, **variances, lengthscale=LENGTHSCALE, inheritance=inheritance, rng=rng
+    )
+    try:
+        cells = read_cells(adata, "fate", family=family)
+    except cf.DataError:  # a fate that is the same in all cells
+        return np.nan
+    kernels = {"lineage": Brownian(cells.forest, cells.leaf), "spatial": Matern32(cells.coordinates)}
+    glmm = cf.GLMM(family, {OTHER[tested]: kernels[OTHER[tested]]}).on(cells.response, np.ones((cells.n, 1)))
+    model, engine, mode = locate(*glmm.problem[:2], glmm.rule)
+    own = Component(tested, kernels[tested])
+    alone, _ = choose("auto", [own], cells.n, device=torch.device("cpu"), dtype=torch.float64)
+    return score_test(Null(model, engine, glmm.rule, mode), alone, own).p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=int, default=500)
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--families", nargs="+", default=["gaussian", "bernoulli"])
+    parser.add_argument("--variances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 1.0, 2.0])
+    parser.add_argument("--power-sets", type=int, default=100, help="sets where the component is there")
+    parser.add_argument("--inheritance", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="folder for the rows as CSV")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args(arguments)
+    rows = []
+    with get_context("spawn").Pool(options.workers) as pool:
+        for family in options.families:
+            for tested in OTHER:
+                for variance in options.variances:
+                    began = time.perf_counter()
+                    sets = options.power_sets if variance else options.sets
+                    seeds = range(options.seed * 10_000, options.seed * 10_000 + sets)
+                    tasks = [(family, tested, variance, options.n, seed, options.inheritance) for seed in seeds]
+                    p = np.array(pool.map(p_value, tasks, chunksize=5))
+                    usable = p[np.isfinite(p)]
+                    row = {
+                        "family": family,
+                        "tested": tested,
+                        "n": options.n,
+                        "variance": variance,
+                        "sets": len(usable),
+                    }
+                    for level in (0.05, 0.01):
+                        row[f"below_{level}"] = (usable < level).mean()
+                    row["error"] = np.sqrt(max(row["below_0.05"] * (1 - row["below_0.05"]), 1e-4) / len(usable))
+                    rows.append(row | {"mean_p": usable.mean(), "seconds": (time.perf_counter() - began) / sets})
+                    print(table(rows[-1:], 3), flush=True)
+    print(table(rows, 3))
+    if options.out is not None:
+        print(write("false_positives.csv", rows, options.out))
+    if options.figure is not None:
+        draw(rows, options.figure)
+    return 0
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Share of sets that are called, by the variance of what is tested."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(families), figsize=(2.6 * len(families), 2.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for ax, family in zip(axes[0], families, strict=True):
+        for tested, color in (("lineage", "#D55E00"), ("spatial", "#0072B2")):
+            own = [row for row in rows if row["family"] == family and row["tested"] == tested]
+            x, y, error = (np.array([row[c] for row in own]) for c in ("variance", "below_0.05", "error"))
+            ax.errorbar(
+                x, y, 2 * error, color=color, marker="o", markersize=3, linewidth=1, label=f"{tested}, given the other"
+            )
+        ax.axhline(0.05, color="#8C8C8C", linewidth=0.6)
+        ax.set(title=f"{family}, {rows[0]['n']} cells", xlabel="variance of the tested component", ylim=(0, 1.02))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("share of sets with p < 0.05")
+    axes[0, 0].legend(frameon=False, fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
