@@ -2,6 +2,7 @@
 
 from cellfate.get.tables import (
     ancestors,
+    comparison,
     components,
     correlations,
     diagnostics,
@@ -17,6 +18,7 @@ from cellfate.get.tables import (
 
 __all__ = [
     "ancestors",
+    "comparison",
     "components",
     "correlations",
     "diagnostics",

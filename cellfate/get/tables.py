@@ -157,6 +157,21 @@ def marginal_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.MARGINAL_EFFECTS, "marginal_effects", "<covariate>")
 
 
+def comparison(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Models with and without ancestry and neighborhood, the one with the most evidence first.
+
+    Needs :func:`cellfate.tl.compare`.
+
+    Returns
+    -------
+    Columns `model`; `log_evidence`, and `weight`, the posterior probability among models that are equally likely before; `elpd_loo`,
+    the expected log predictive density of cells left out, its `elpd_difference` from the best and the standard error `elpd_error`
+    of that; `aic`, `bic`; how many `hyperparameters`; `pareto_k`, above 0.7 where leaving out is not to be trusted; `status` of the
+    fit.
+    """
+    return _later(adata, key, _keys.COMPARISON, "compare", "")
+
+
 def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Return whether each component is there at all, given the others.
 
@@ -167,7 +182,7 @@ def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Columns `component`; `given`, the components of the null model; `method`; `p`; and with ``"bootstrap"`` the `p_score` that was
     calibrated.
     """
-    return _later(adata, key, _keys.TESTS, "test_components", "").reset_index(drop=True)
+    return _later(adata, key, _keys.TESTS, "test_components", "")
 
 
 def _later(adata: AnnData, key: str, name: str, tool: str, argument: str) -> pd.DataFrame:

@@ -66,21 +66,29 @@ def _object(name: str, params: Mapping[str, Any], again: Mapping[str, Any]) -> A
 def modelling(params: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :class:`cellfate.GLMM`, the device apart. Of the priors only that of the fixed effects still matters."""
     out = {name: str(params[name]).removeprefix("torch.") for name in ("link", "method", "engine", "dtype")}
-    beta = (params.get("priors") or {}).get("beta")
+    beta = {name: prior for name, prior in priors_of(params).items() if name == "beta"}
     return {
         **out,
         "reml": bool(params["reml"]),
         "rank": int(params["rank"]) if "rank" in params else None,
-        "priors": None if beta is None else {"beta": _prior(beta)},
+        "priors": beta or None,
     }
 
 
-def _prior(spec: Any) -> Any:
-    """A prior as it was written before it became text, such as `('normal', 2.0)` or `Normal(sd=2.0)`."""
+def priors_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The priors that the fit was given, by parameter."""
+    return {name: _prior(name, spec) for name, spec in (params.get("priors") or {}).items()}
+
+
+def _prior(name: str, spec: Any) -> Any:
+    """A prior as it was written before it became text, such as `('normal', 2.0)` or `HalfNormal(scale=2.0)`."""
     if not isinstance(spec, str) or spec.isidentifier():
         return spec
-    spec = re.sub(r"^Normal\(sd=(.*)\)$", r"('normal', \1)", spec)
+    made = re.fullmatch(r"([A-Za-z]+)\((.*)\)", spec)
+    if made:
+        kind = "lognormal" if made[1] == "LogNormal" else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", made[1]).lower()
+        spec = f"({kind!r}, {re.sub(r'[a-z_]+=', '', made[2])})"
     try:
         return ast.literal_eval(re.sub(r"np\.float64\((.*?)\)", r"\1", spec))
     except (SyntaxError, ValueError) as e:
-        raise DataError(f"the prior of 'beta' is noted as {spec!r}, which cannot be read again.") from e
+        raise DataError(f"the prior of {name!r} is noted as {spec!r}, which cannot be read again.") from e

@@ -1,9 +1,10 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
+from cellfate.tl.compare import compare
 from cellfate.tl.component_tests import test_components
 from cellfate.tl.correlate import correlate
 from cellfate.tl.decompose import decompose
 from cellfate.tl.marginal_effects import marginal_effects
 from cellfate.tl.predict import predict
 
-__all__ = ["correlate", "decompose", "marginal_effects", "predict", "test_components"]
+__all__ = ["compare", "correlate", "decompose", "marginal_effects", "predict", "test_components"]
