@@ -2,6 +2,7 @@
 
 from cellfate.get.tables import (
     ancestors,
+    associations,
     comparison,
     components,
     correlations,
@@ -18,6 +19,7 @@ from cellfate.get.tables import (
 
 __all__ = [
     "ancestors",
+    "associations",
     "comparison",
     "components",
     "correlations",

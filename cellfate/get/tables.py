@@ -157,6 +157,19 @@ def marginal_effects(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.MARGINAL_EFFECTS, "marginal_effects", "<covariate>")
 
 
+def associations(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Covariates that were tested one at a time, given ancestry and neighborhood.
+
+    Needs :func:`cellfate.tl.associate`.
+
+    Returns
+    -------
+    Columns `covariate`; `estimate` and its standard `error`, on link scale for one unit of the covariate; `z`; `p`, two-sided; `q`, by
+    Benjamini and Hochberg over all that were tested; `status`, ``"tested"``, or why not.
+    """
+    return _later(adata, key, _keys.ASSOCIATIONS, "associate", "<covariates>")
+
+
 def comparison(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Models with and without ancestry and neighborhood, the one with the most evidence first.
 

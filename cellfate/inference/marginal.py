@@ -18,7 +18,7 @@ from cellfate._runtime import progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.errors import DataError
 from cellfate.inference.mode import MEMORY
-from cellfate.inference.predict import Draws, spread
+from cellfate.inference.predict import Draws, focused, spread
 from cellfate.kernels.base import Term
 from cellfate.model.families import quadrature
 from cellfate.model.glmm import FIXED, Model, Theta
@@ -57,10 +57,7 @@ def standardized(
     joint = {**values, **{f"beta{j}": column for j, column in enumerate(beta.T)}}
     chosen = spread(joint, int(count), rng)
     theta, points = model.from_natural({name: x[chosen] for name, x in values.items()})
-    wide = [field for field in engine.fields() if field not in getattr(engine, "ranges", {})]
-    if wide:
-        held = {field: theta.values[f"lengthscale_{field}"] for field in wide}
-        engine = engine.focus({field: (float(x.min()), float(x.max())) for field, x in held.items()})
+    engine = focused(engine, theta)
     like = model.data.offset
     b = torch.as_tensor(beta[chosen]).to(like)
     x = [torch.as_tensor(design).to(like) for design in designs]

@@ -53,6 +53,13 @@ def spread(draws: Draws, count: int, rng: np.random.Generator) -> np.ndarray:
     return order[((np.arange(count) + rng.random(count)) * len(z) / count).astype(np.int64)]
 
 
+def focused(engine: Engine, theta: Theta) -> Engine:
+    """The engine with its approximations made for these hyperparameters, where no fit has focused it."""
+    wide = [field for field in engine.fields() if field not in getattr(engine, "ranges", {})]
+    held = {field: theta.values[f"lengthscale_{field}"] for field in wide}
+    return engine.focus({field: (float(x.min()), float(x.max())) for field, x in held.items()}) if wide else engine
+
+
 @torch.no_grad()
 def predict(
     model: Model,
@@ -79,10 +86,7 @@ def predict(
     values = model.from_draws(draws)
     chosen = spread(values, int(count), rng) if values else np.zeros(1, dtype=np.int64)
     theta, points = model.from_natural({name: x[chosen] for name, x in values.items()})
-    wide = [field for field in engine.fields() if field not in getattr(engine, "ranges", {})]  # no fit has focused it
-    if wide:
-        held = {field: theta.values[f"lengthscale_{field}"] for field in wide}
-        engine = engine.focus({field: (float(x.min()), float(x.max())) for field, x in held.items()})
+    engine = focused(engine, theta)
     size, start, unsettled = engine.points_at_once(MEMORY), None, 0
     means, variances = [], []
     with progress(total=points, desc="prediction", unit="draw") as bar:

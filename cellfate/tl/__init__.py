@@ -1,5 +1,6 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
+from cellfate.tl.associate import associate
 from cellfate.tl.compare import compare
 from cellfate.tl.component_tests import test_components
 from cellfate.tl.correlate import correlate
@@ -7,4 +8,4 @@ from cellfate.tl.decompose import decompose
 from cellfate.tl.marginal_effects import marginal_effects
 from cellfate.tl.predict import predict
 
-__all__ = ["compare", "correlate", "decompose", "marginal_effects", "predict", "test_components"]
+__all__ = ["associate", "compare", "correlate", "decompose", "marginal_effects", "predict", "test_components"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellfate import get
+from cellfate import _keys, get
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.fit import GLMM
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """Cells and model of a fit, its posterior draws by name, its settings, and the arguments with which it was read."""
+    """Cells and model of a fit, its posterior draws and mode by name, its settings, and the arguments with which it was read."""
 
     cells: Cells
     glmm: GLMM
     draws: dict[str, np.ndarray]
+    mode: dict[str, float]
     params: dict[str, Any]
     arguments: dict[str, Any]
 
@@ -52,7 +53,8 @@ def fitted(
             cells = change(cells, arguments)
         glmm = _model(cells, params, device)
     stored = get.draws(adata, key)
-    return Fitted(cells, glmm, {name: stored[name].to_numpy() for name in stored.columns}, params, arguments)
+    draws = {name: stored[name].to_numpy() for name in stored.columns}
+    return Fitted(cells, glmm, draws, dict(adata.uns[key][_keys.MODE]), params, arguments)
 
 
 def _check_same(adata: AnnData, key: str, params: Mapping[str, Any], cells: Cells) -> None:

@@ -1,0 +1,136 @@
+"""Many covariates or genes, each tested as a fixed effect given ancestry and neighborhood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control, norm
+
+from cellfate import _keys
+from cellfate._runtime import logger, progress
+from cellfate.errors import DataError
+from cellfate.inference.associate import Associations, inflation
+from cellfate.inference.many import chunks
+from cellfate.io.columns import check_adata
+from cellfate.io.many import find_fates
+from cellfate.io.store import write_table
+from cellfate.tl.fitted import fitted
+
+if TYPE_CHECKING:
+    import torch
+    from anndata import AnnData
+
+CALIBRATED = (0.9, 1.1)  # lambda within which nothing is said
+
+
+def associate(
+    adata: AnnData,
+    covariates: Sequence[str] | None = None,
+    *,
+    layer: str | None = None,
+    min_cells: int = 10,
+    key: str = _keys.KEY,
+    lineage: Any = None,
+    spatial: Any = None,
+    graph: Any = None,
+    niche: Any = None,
+    offset: Any = None,
+    trials: Any = None,
+    device: str | torch.device = "auto",
+    chunk_size: int | str = "auto",
+    copy: bool = False,
+) -> AnnData | None:
+    """Test many covariates or genes, one at a time, against a fate, given its ancestry and neighborhood.
+
+    Relatives and neighbors are alike in everything, so that a plain regression finds associations everywhere. Here the fit under
+    `key` is the null model, its hyperparameters stay, and each covariate is asked whether it explains what is left (score tests, as in
+    mixed-model association; Chen et al. 2016). Estimates take one step from the null: right for small effects, somewhat small for
+    large ones.
+
+    Parameters
+    ----------
+    covariates
+        Columns of `adata.obs` and genes; by default all genes that are not zero in `min_cells` cells.
+    layer
+        Where genes are read, in place of `adata.X`, and as they are: take logarithms first.
+    key
+        The `key_added` of the fit.
+    lineage, spatial, graph, niche, offset, trials
+        What was handed to the fit itself, and not the name of something in `adata`, has to be handed over again.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    chunk_size
+        How many covariates to read at once.
+    copy
+        Return a copy and leave `adata` as it is.
+
+    Returns
+    -------
+    `None`, or the copy. Writes a table to `adata.uns[key]["associations"]`, see :func:`cellfate.get.associations`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cellfate as cf
+    >>> adata = cf.datasets.simulate(80, family="gaussian", rng=0)
+    >>> adata.obs["noise"] = np.random.default_rng(0).normal(size=80)
+    >>> cf.tl.decompose(adata, "fate", family="gaussian", rng=0)
+    >>> cf.tl.associate(adata, ["noise"])
+    >>> cf.get.associations(adata).columns.tolist()
+    ['covariate', 'estimate', 'error', 'z', 'p', 'q', 'status']
+    """
+    check_adata(adata)
+    handed = {
+        "lineage": lineage,
+        "spatial": spatial,
+        "graph": graph,
+        "niche": niche,
+        "offset": offset,
+        "trials": trials,
+    }
+    fit = fitted(adata, key, handed, device)
+    if fit.glmm.family.name == "categorical" or not fit.glmm.reml:
+        raise NotImplementedError(
+            "associations are not there yet for family='categorical' and reml=False. Ask about one fate at a time with "
+            "family='bernoulli'."
+        )
+    found = find_fates(
+        adata, covariates, layer=layer, min_cells=min_cells, kind="real", trials=None, kept=fit.cells.kept
+    )
+    if str(fit.params["fate"]) in found.names:
+        raise DataError(f"the fate {fit.params['fate']!r} is among the covariates: leave it out.")
+    model, engine, _ = fit.glmm.problem
+    ask = Associations(model, engine, fit.glmm.rule, fit.mode)
+    rows = []
+    with progress(total=len(found.names), desc="covariates", unit="covariate") as bar:
+        for part in chunks(len(found.names), fit.cells.n, chunk_size):
+            columns = found.read(part)
+            usable = [c for c in columns if isinstance(c, np.ndarray)]
+            estimates, errors = ask(np.column_stack(usable)) if usable else (np.zeros(0), np.zeros(0))
+            answers = iter(zip(estimates, errors, strict=True))
+            for name, column in zip(found.names[part], columns, strict=True):
+                estimate, error = next(answers) if isinstance(column, np.ndarray) else (np.nan, np.nan)
+                status = "tested" if np.isfinite(error) else "the fixed effects hold it"
+                status = str(column) if isinstance(column, DataError) else status
+                rows.append({"covariate": name, "estimate": estimate, "error": error, "status": status})
+            bar.update(len(columns))
+    table = pd.DataFrame(rows)
+    table.insert(3, "z", table["estimate"] / table["error"])
+    table.insert(4, "p", 2 * norm.sf(table["z"].abs()))
+    table.insert(5, "q", np.nan)
+    known = table["p"].notna()
+    if known.any():
+        table.loc[known, "q"] = false_discovery_control(table.loc[known, "p"])
+        spread = inflation(table.loc[known, "z"].to_numpy())
+        said = (
+            ""
+            if CALIBRATED[0] <= spread <= CALIBRATED[1] or known.sum() < 100
+            else ": the fate goes with many of them, or the model misses something"
+        )
+        logger.info("%d covariates, lambda %.2f%s", int(known.sum()), spread, said)
+    adata = adata.copy() if copy else adata
+    write_table(adata, key, _keys.ASSOCIATIONS, table)
+    return adata if copy else None
