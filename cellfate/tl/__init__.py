@@ -6,6 +6,16 @@ from cellfate.tl.component_tests import test_components
 from cellfate.tl.correlate import correlate
 from cellfate.tl.decompose import decompose
 from cellfate.tl.marginal_effects import marginal_effects
+from cellfate.tl.mundlak import mundlak
 from cellfate.tl.predict import predict
 
-__all__ = ["associate", "compare", "correlate", "decompose", "marginal_effects", "predict", "test_components"]
+__all__ = [
+    "associate",
+    "compare",
+    "correlate",
+    "decompose",
+    "marginal_effects",
+    "mundlak",
+    "predict",
+    "test_components",
+]
