@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate._runtime import logger, named_generator, one_of_many, progress, resolve_device
+from cellfate._runtime import logger, named_generator, progress, resolve_device, side_by_side
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import CellfateWarning, DataError
@@ -38,6 +38,7 @@ from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
 from cellfate.model.partition import LATENT, REALIZED, partition, rows
 from cellfate.model.priors import parse_prior
+from cellfate.trees.forest import examples
 
 ORDERS = (23, 11, 27)  # nodes along the axes of the tables
 PILOT_ORDERS = (17, 17, 21)
@@ -163,6 +164,7 @@ class Together:
         for j, window in enumerate(self.windows(models, Y)):
             waiting.setdefault(window, []).append(j)
         found: dict[int, GLMMFit] = {}
+        beyond: list[int] = []  # the end of the tables
         while waiting:  # windows rise, and a response that one of them does not hold is looked for in the next
             window = min(waiting, key=lambda w: w or (0.0, 0.0))
             index = np.array(waiting.pop(window))
@@ -172,11 +174,16 @@ class Together:
                 elif (above := self._above(window)) is not None:
                     waiting.setdefault(above, []).append(i)
                 else:
-                    logger.info("%s is fitted by itself: its posterior reaches the end of the tables", names[i])
-                    found[i] = self.alone(Y[:, i], names[i], seed, engine)
+                    beyond.append(i)
             logger.debug(
                 "%d responses, length-scales within %s: %.1f s", len(index), window, time.perf_counter() - began
             )
+        if beyond:
+            said = examples(np.array(names, dtype=object)[beyond])
+            logger.info("%d responses are fitted by themselves, beyond the end of the tables: %s", len(beyond), said)
+            whole = self.whole(engine)
+            fits = side_by_side(lambda i: self.alone(whole, Y[:, i], names[i], seed), beyond, self.on)
+            found |= dict(zip(beyond, fits, strict=True))
         spent = (time.perf_counter() - began) / len(names)
         for j in range(len(names)):
             fit = found.pop(j)
@@ -208,16 +215,18 @@ class Together:
             return None
         return self._windows[self._windows.index(window) + 1]
 
-    def alone(self, y: np.ndarray, name: str, seed: int, engine: str) -> GLMMFit:
+    def whole(self, engine: str) -> GLMM:
+        """The model of a response that is fitted by itself."""
         kind = "structured" if self.rank is not None else engine
         if self._alone is None:
             glmm = GLMM("gaussian", self.components, priors=self.priors, engine=kind, rank=self.rank, device=self.on)
             self._alone = glmm.shared()
-        with one_of_many(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", CellfateWarning)  # kept in its status
-            fit = self._alone.fit(
-                y, self.design, self.offset, terms=self.terms, response=name, rng=named_generator(seed, name)
-            )
+        return self._alone
+
+    def alone(self, whole: GLMM, y: np.ndarray, name: str, seed: int) -> GLMMFit:
+        fit = whole.with_priors({}).fit(  # a copy of the model, which others do not share
+            y, self.design, self.offset, terms=self.terms, response=name, rng=named_generator(seed, name)
+        )
         components, shares = (
             {k: _not_realized(table, x) for k, x in table.items()} for table in (fit.components, fit.shares)
         )
