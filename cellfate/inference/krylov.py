@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-7, iterations: int = 60) -> Tensor:
-    """Solve `apply(x) = b` for rows b (points, n), each to relative residual `rtol`, without restarts (Saad & Schultz 1986)."""
+    """Solve `apply(x) = b` for rows b (points, n), each to relative residual `rtol`, without restarts (Saad & Schultz 1986).
+
+    A row whose numbers overflow is NaN, and leaves the others alone.
+    """
+    finite = b.isfinite().all(-1)
+    b = torch.where(finite[:, None], b, 0.0)
     scale = b.norm(dim=-1)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     basis = [b / safe[..., None]]
@@ -19,6 +24,8 @@ def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-7, i
     y = b.new_zeros(b.shape[0], 0, 1)
     for k in range(iterations):
         w = apply(basis[k])
+        finite = finite & w.isfinite().all(-1)
+        w = torch.where(finite[:, None], w, 0.0)
         for _ in range(2):  # orthogonalized twice: once is not enough in the last digits
             for j, q in enumerate(basis):
                 h = (q * w).sum(-1)
@@ -34,4 +41,4 @@ def gmres(apply: Callable[[Tensor], Tensor], b: Tensor, *, rtol: float = 1e-7, i
             break
         basis.append(w / torch.where(norm > 0, norm, torch.ones_like(norm))[..., None])
     x = (torch.stack(basis[: y.shape[1]], -1) @ y)[..., 0]
-    return x * scale[..., None]
+    return torch.where(finite[:, None], x * scale[..., None], torch.nan)

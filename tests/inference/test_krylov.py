@@ -89,3 +89,15 @@ def test_iterations_are_bounded_and_the_best_so_far_is_returned():
     space = torch.stack(basis, -1)
     best = torch.linalg.lstsq(a @ space, b[..., None]).solution
     torch.testing.assert_close(residual, (a @ space @ best - b[..., None]).norm(dim=(-2, -1)), rtol=1e-6, atol=0)
+
+
+def test_a_row_that_overflows_leaves_the_others_alone():
+    rng = np.random.default_rng(3)
+    a = torch.as_tensor(np.eye(6) + 0.2 * rng.normal(size=(3, 6, 6)))
+    b = torch.as_tensor(rng.normal(size=(3, 6)))
+    whole = gmres(lambda x: (a @ x[..., None])[..., 0], b)
+    b[0, 2] = torch.inf
+    a[1, 0, 0] = torch.nan
+    found = gmres(lambda x: (a @ x[..., None])[..., 0], b)
+    assert bool(found[:2].isnan().all())
+    torch.testing.assert_close(found[2], whole[2], rtol=1e-10, atol=1e-12)
