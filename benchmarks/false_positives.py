@@ -110,6 +110,7 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams |= {"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7}
     families = list(dict.fromkeys(row["family"] for row in rows))
     figure, axes = plt.subplots(
         1, len(families), figsize=(2.6 * len(families), 2.4), sharey=True, layout="constrained", squeeze=False
@@ -122,10 +123,11 @@ def draw(rows: list[dict], path: Path) -> None:
                 x, y, 2 * error, color=color, marker="o", markersize=3, linewidth=1, label=f"{tested}, given the other"
             )
         ax.axhline(0.05, color="#8C8C8C", linewidth=0.6)
-        ax.set(title=f"{family}, {rows[0]['n']} cells", xlabel="variance of the tested component", ylim=(0, 1.02))
+        ax.set(title=f"{family}, {rows[0]['n']} cells", ylim=(0, 1.02))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("share of sets with p < 0.05")
-    axes[0, 0].legend(frameon=False, fontsize=7, loc="lower right")
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    figure.supxlabel("variance of the tested component", fontsize=8)
     figure.savefig(path, dpi=200)
 
 
