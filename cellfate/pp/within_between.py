@@ -50,7 +50,7 @@ def within_between(
     >>> import cellfate as cf
     >>> adata = cf.datasets.simulate(60, rng=0)
     >>> adata.obs["x"] = range(60)
-    >>> cf.pp.within_between(adata, "x", by=1.0)
+    >>> cf.pp.within_between(adata, "x", by=0.5)
     >>> bool((adata.obs["x_within"] + adata.obs["x_between"] - adata.obs["x"]).abs().max() < 1e-9)
     True
     """
@@ -73,6 +73,11 @@ def within_between(
     if not np.ptp(between.dropna()) > 0:
         raise DataError(
             f"by={by!r} makes groups whose means of {covariate!r} are all the same: there is nothing between them."
+        )
+    if not (x - between).abs().max() > 0:
+        raise DataError(
+            f"by={by!r} makes groups in which {covariate!r} is the same in all cells: there is nothing within them. Take larger groups, "
+            "or a smaller depth."
         )
     adata = adata.copy() if copy else adata
     own(adata)

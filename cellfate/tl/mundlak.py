@@ -40,7 +40,7 @@ def mundlak(adata: AnnData, covariate: str, key: str = _keys.KEY) -> pd.DataFram
     >>> import cellfate as cf
     >>> adata = cf.datasets.simulate(60, family="gaussian", rng=0)
     >>> adata.obs["x"] = adata.obsm["spatial"][:, 0]
-    >>> cf.pp.within_between(adata, "x", by=1.0)
+    >>> cf.pp.within_between(adata, "x", by=0.5)
     >>> cf.tl.decompose(adata, "fate", family="gaussian", formula="~ 1 + x_within + x_between", rng=0)
     >>> cf.tl.mundlak(adata, "x").index.tolist()
     ['within', 'between', 'difference']

@@ -74,6 +74,7 @@ def test_wrong_questions():
         (("time", "klone"), "no 'klone' to group by"),
         (("time", -1.0), "wanted a column of obs, or a depth of the tree"),
         (("time", 0.0), "there is nothing between them"),
+        (("time", 99.0), "there is nothing within them"),
     ):
         with pytest.raises(DataError, match=message):
             cf.pp.within_between(adata, *arguments)
