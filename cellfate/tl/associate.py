@@ -14,6 +14,7 @@ from cellfate._runtime import logger, progress
 from cellfate.errors import DataError
 from cellfate.inference.associate import Associations, inflation
 from cellfate.inference.many import chunks
+from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
 from cellfate.io.store import write_table
@@ -83,14 +84,7 @@ def associate(
     ['covariate', 'estimate', 'error', 'z', 'p', 'q', 'status']
     """
     check_adata(adata)
-    handed = {
-        "lineage": lineage,
-        "spatial": spatial,
-        "graph": graph,
-        "niche": niche,
-        "offset": offset,
-        "trials": trials,
-    }
+    handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
     if fit.glmm.family.name == "categorical" or not fit.glmm.reml:
         raise NotImplementedError(

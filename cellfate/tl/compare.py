@@ -13,7 +13,7 @@ from cellfate._runtime import SeedLike, generator, logger
 from cellfate.errors import DataError
 from cellfate.inference.fit import GLMM
 from cellfate.inference.loo import error_of, leave_one_out
-from cellfate.io.again import priors_of
+from cellfate.io.again import OBJECTS, priors_of
 from cellfate.io.columns import check_adata
 from cellfate.io.store import write_table
 from cellfate.kernels.base import Component
@@ -86,14 +86,7 @@ def compare(
     ['lineage', 'lineage + spatial', 'none', 'spatial']
     """
     check_adata(adata)
-    handed = {
-        "lineage": lineage,
-        "spatial": spatial,
-        "graph": graph,
-        "niche": niche,
-        "offset": offset,
-        "trials": trials,
-    }
+    handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
     if fit.glmm.family.name in WITHOUT or not fit.glmm.reml:
         raise NotImplementedError(

@@ -16,6 +16,7 @@ from cellfate.inference.bootstrap import DRAWABLE, bootstrap
 from cellfate.inference.fit import GLMM
 from cellfate.inference.locate import locate
 from cellfate.inference.score import Null, score_test
+from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.store import write_table
 from cellfate.tl.fitted import Fitted, fitted
@@ -88,14 +89,7 @@ def test_components(
         raise unknown("method", method, METHODS)
     if not isinstance(n_boot, int | np.integer) or n_boot < 1:
         raise DataError(f"n_boot is {n_boot!r}, wanted how many fates to draw, such as 199.")
-    handed = {
-        "lineage": lineage,
-        "spatial": spatial,
-        "graph": graph,
-        "niche": niche,
-        "offset": offset,
-        "trials": trials,
-    }
+    handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
     family = fit.glmm.family
     if family.name in WITHOUT or (method == "bootstrap" and family.kind not in DRAWABLE):

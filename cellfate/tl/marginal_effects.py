@@ -12,6 +12,7 @@ from cellfate import _keys
 from cellfate._runtime import SeedLike, generator
 from cellfate.errors import DataError
 from cellfate.inference.marginal import standardized
+from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of, scenario_columns
 from cellfate.io.store import write_table
@@ -87,14 +88,7 @@ def marginal_effects(
     ['mean', 'mean', 'difference', 'ratio']
     """
     check_adata(adata)
-    handed = {
-        "lineage": lineage,
-        "spatial": spatial,
-        "graph": graph,
-        "niche": niche,
-        "offset": offset,
-        "trials": trials,
-    }
+    handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
     formula, family = str(fit.params["formula"]), str(fit.params["family"])
     if family in WITHOUT:

@@ -8,7 +8,7 @@ from cellfate import _keys, get
 from cellfate._runtime import SeedLike
 from cellfate.cells import Cells
 from cellfate.errors import DataError, unknown
-from cellfate.io.again import GRAPH, reading
+from cellfate.io.again import GRAPH, OBJECTS, reading
 from cellfate.io.ancestors import ancestors_table, check_attributes, graphs_of, with_all_nodes, write_attributes
 from cellfate.io.columns import check_adata
 from cellfate.io.places import grid_places, read_places
@@ -99,14 +99,7 @@ def predict(
     params = get.params(adata, key)
     of_nodes = isinstance(target, str) and target == ANCESTORS
     _check_target(params, of_nodes, target, library, size)
-    handed = {
-        "lineage": lineage,
-        "spatial": spatial,
-        "graph": graph,
-        "niche": niche,
-        "offset": offset,
-        "trials": trials,
-    }
+    handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     graphs = graphs_of(adata, reading(params, handed)["lineage"]) if of_nodes else {}
     check_attributes(graphs, key)
 
