@@ -53,7 +53,7 @@ def choose(
         raise DataError(f"rank is {rank!r}, wanted the number of columns for a spatial field, such as 256, or None.")
     free = SHARE_OF_MEMORY * free_memory(device)
     refused = refusal(components)
-    if name == "structured" and any(isinstance(c.kernel, Product | OwnField) for c in components):
+    if name == "structured" and refused and any(isinstance(c.kernel, Product | OwnField) for c in components):
         raise NotImplementedError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")
     if name == "structured" and refused:
         raise DataError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")

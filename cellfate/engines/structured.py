@@ -18,12 +18,13 @@ from torch import Tensor
 from cellfate.engines.base import Engine, Sites
 from cellfate.engines.lowrank import COLUMNS
 from cellfate.engines.made import Made
+from cellfate.engines.product_columns import MOST, ProductColumns, has_columns, identity, product_columns
 from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Diagonal, Given, Term, sample_variance
 from cellfate.kernels.fates import OwnField
 from cellfate.kernels.lineage import LineageKernel, TreeSteps
-from cellfate.kernels.product import Product
+from cellfate.kernels.product import Hadamard, Product
 from cellfate.kernels.spatial import SpatialKernel, Stationary
 from cellfate.places.basis import LANDMARKS, FieldBasis, field_basis
 from cellfate.trees.plan import TreePlan
@@ -65,6 +66,7 @@ class StructuredEngine(Engine):
             if isinstance(kernel, LineageKernel):
                 self.plan = TreePlan(kernel.forest.parent, kernel.leaf, self.like.device)
         self._fields: dict[str, FieldBasis] = {}
+        self._interactions: dict[str, ProductColumns] = {}
         self._information: dict[str, float] = {}
         self._columns: dict[tuple[str, ...], tuple[Tensor, dict[str, slice]]] = {}
 
@@ -75,9 +77,7 @@ class StructuredEngine(Engine):
         if name not in self._fields:
             kernel = self._kernels[name]
             assert isinstance(kernel, SpatialKernel)
-            (hyper,) = kernel.hyperparameters
-            wide = (hyper.lower / REACH, hyper.upper * REACH) if hyper.fixed is None else (hyper.lower, hyper.upper)
-            low, high = self.ranges.get(name, wide)
+            low, high = self._window(name, kernel)
             settings = {
                 "rank": self.rank,
                 "information": 0.0 if self.rank is not None else self._information.get(name, 0.0),
@@ -98,9 +98,37 @@ class StructuredEngine(Engine):
             if self._made is None:
                 self._fields[name] = make()
             else:
-                of = (type(kernel), kernel.coordinates, kernel.specimens)
-                self._fields[name] = self._made.find(of, (low, high, *sorted(settings.items())), make)
+                arrays = kernel.coordinates, kernel.specimens
+                self._fields[name] = self._made.find(arrays, (type(kernel), low, high, *sorted(settings.items())), make)
         return self._fields[name]
+
+    def _window(self, name: str, kernel: SpatialKernel) -> tuple[float, float]:
+        """Length-scales that the columns of a spatial component have to serve."""
+        (hyper,) = kernel.hyperparameters
+        wide = (hyper.lower / REACH, hyper.upper * REACH) if hyper.fixed is None else (hyper.lower, hyper.upper)
+        return self.ranges.get(name, wide)
+
+    def interaction(self, name: str) -> ProductColumns:
+        """The columns of a product of tree and field, over the shapes that these may take."""
+        if name not in self._interactions:
+            kernel = self._kernels[name]
+            assert isinstance(kernel, Product)
+            field = kernel.other
+            low, high = self._window(kernel.names[1], field) if isinstance(field, SpatialKernel) else (1.0, 1.0)
+            landmarks = self._landmarks().get("landmarks", LANDMARKS)
+
+            def make() -> ProductColumns:
+                return product_columns(
+                    kernel, lower=low, upper=high, rank=self.rank, landmarks=landmarks, like=self.like
+                )
+
+            known = identity(kernel)
+            if self._made is None or known is None:
+                self._interactions[name] = make()
+            else:
+                of, arrays = known
+                self._interactions[name] = self._made.find(arrays, (*of, low, high, self.rank, landmarks), make)
+        return self._interactions[name]
 
     def _landmarks(self) -> dict[str, int]:
         """Fewer landmarks than by default, where a known rank or a first fit needs no more."""
@@ -125,8 +153,8 @@ class StructuredEngine(Engine):
 
     @property
     def approximates(self) -> bool:
-        """Whether there is a spatial field; trees and columns are exact."""
-        return any(isinstance(kernel, SpatialKernel) for kernel in self._kernels.values())
+        """Whether there is a spatial field or an interaction; trees and columns are exact."""
+        return any(isinstance(kernel, SpatialKernel | Product) for kernel in self._kernels.values())
 
     def fields(self) -> tuple[str, ...]:
         return tuple(
@@ -164,6 +192,8 @@ class StructuredEngine(Engine):
         """Columns (n, m) of a component; None where it has none."""
         if isinstance(term.structure, Stationary):
             return self.field(term.name).phi
+        if isinstance(term.structure, Hadamard):
+            return self.interaction(term.name).phi
         return term.structure.phi if isinstance(term.structure, Basis) else None
 
     def part(self, term: Term) -> Part:
@@ -181,6 +211,11 @@ class StructuredEngine(Engine):
             scale = term.variance / self._scale(term.name, *moments)
             spectrum = scale[..., None, None] * field.spectrum(structure.lengthscale)
             return Part(spectrum=spectrum, diagonal=False, own=scale[..., None] * field.left_out(structure.lengthscale))
+        if isinstance(structure, Hadamard):
+            columns = self.interaction(term.name)
+            spectrum, own = columns.parts(structure)
+            scale = term.variance / self._scale(term.name, *columns.moments(spectrum, own))
+            return Part(spectrum=scale[..., None, None] * spectrum, diagonal=False, own=scale[..., None] * own)
         scale = term.variance[..., None]
         if isinstance(structure, Diagonal):
             return Part(own=scale * structure.variances)
@@ -275,6 +310,8 @@ class StructuredEngine(Engine):
                 total += self._fields[name].rank
             elif isinstance(kernel, SpatialKernel):
                 total += min(self.rank or EXPECTED_RANK, self.n)
+            elif isinstance(kernel, Product):
+                total += min(self.rank or MOST, self.n)
             elif not isinstance(kernel, LineageKernel):
                 held = {h.name: self.like.new_full((1,), h.lower) for h in kernel.hyperparameters}
                 held["sd"] = self.like.new_ones(1)
@@ -291,6 +328,16 @@ class StructuredEngine(Engine):
     def report(self, values: Mapping[str, float]) -> tuple[dict[str, Any], list[str]]:
         found: dict[str, Any] = {}
         doubts = []
+        for name, columns in self._interactions.items():
+            shapes = {h.parameter(of): h.fixed for kernel, of in columns.kernel.factors for h in kernel.hyperparameters}
+            held = {called: self.like.new_tensor(values.get(called, fixed)) for called, fixed in shapes.items()}
+            left = columns.truncated_share(columns.kernel.structure(held, self.like))
+            found |= {f"rank_{name}": columns.rank, f"truncated_share_{name}": left}
+            if left > DOUBTFUL_SHARE:
+                doubts.append(
+                    f"{columns.rank} columns for {name!r} leave {left:.1%} of its variance to the cells themselves: give a larger "
+                    "`rank`, or engine='dense'"
+                )
         for name, field in self._fields.items():
             at = values.get(f"lengthscale_{name}", field.reference)
             left = float(field.left_out(self.like.new_tensor(at)).mean())
@@ -308,11 +355,11 @@ def refusal(components: Sequence[Component]) -> str | None:
     """Why this engine cannot serve the components; None where it can."""
     given = [c.name for c in components if isinstance(c.kernel, Given)]
     trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
-    products = [c.name for c in components if isinstance(c.kernel, Product)]
+    products = [c.name for c in components if isinstance(c.kernel, Product) and not has_columns(c.kernel)]
     if any(isinstance(c.kernel, OwnField) for c in components):
         return "the fates have variances of their own, for which it has no sweeps yet"
     if products:
-        return f"components {products} are interactions, products of two kernels, for which it has no factor yet"
+        return f"components {products} are products of two kernels that are not a tree and a field, for which it has no columns yet"
     if given:
         return f"components {given} are covariance matrices, which have no structure"
     if len(trees) > 1:

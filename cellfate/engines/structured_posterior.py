@@ -267,8 +267,10 @@ class StructuredPosterior(LowRankPosterior):
                 yield v, 0.5 * v
                 continue
             assert omega is not None
-            j = self._part_residual(omega[..., None] * v) - 0.5 * tau * (self._y @ (self._p @ gram[..., block]))
-            yield v, 0.5 * v - 2 * j
+            # in place: each of these is as long as the cells, and is met once a block
+            x = self._part_residual(omega[..., None] * v).mul_(-2)
+            x += (self._y @ (self._p @ gram[..., block])).mul_(tau)
+            yield v, x.add_(v, alpha=0.5)
 
     def _spectrum_bar(self, pair: Tensor | None, weighted: Tensor | None) -> Tensor:
         """Derivative (..., m, m) in the spectrum of the columns."""

@@ -45,11 +45,12 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
         precision = float(pilot.sites.precision.mean())
         sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
         information = {field: sds[field] ** 2 * precision for field in fields.values() if field in sds}
-    known = pilot.curvature * (model.data.n / len(some)) ** GROWING
+    known: torch.Tensor | None = pilot.curvature * (model.data.n / len(some)) ** GROWING
     cells = STAGE
     while model.data.n // model.data.copies > 4 * cells:
         u = _stage(model, engine, rule, u, sd, fields, cells)
         cells *= GROWTH
+        known = None  # so many more cells know more than a power law of the pilot's says
     for _ in range(ATTEMPTS - 1):
         focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information, known)
         cut = _cut(model, focused, mode.u, fields)
@@ -68,7 +69,7 @@ def _focused(
     sd: dict[str, float],
     fields: dict[str, str],
     information: dict[str, float],
-    known: torch.Tensor,
+    known: torch.Tensor | None,
 ) -> tuple[Model, Engine, Mode]:
     limits = _limits(model, u, sd)
     logger.debug("length-scales within %s", limits)

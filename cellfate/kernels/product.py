@@ -62,12 +62,13 @@ class Product(Kernel):
         return self.one.n
 
     @property
-    def _factors(self) -> tuple[tuple[Kernel, str], tuple[Kernel, str]]:
+    def factors(self) -> tuple[tuple[Kernel, str], tuple[Kernel, str]]:
+        """Both kernels, with the components whose shapes they take."""
         return (self.one, self.names[0]), (self.other, self.names[1])
 
     @cached_property
     def borrowed(self) -> tuple[str, ...]:  # type: ignore[override]
-        return tuple(h.parameter(name) for kernel, name in self._factors for h in kernel.hyperparameters)
+        return tuple(h.parameter(name) for kernel, name in self.factors for h in kernel.hyperparameters)
 
     @property
     def constant(self) -> bool:
@@ -76,12 +77,12 @@ class Product(Kernel):
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Hadamard:
         one, other = (
             kernel.structure({h.name: values[h.parameter(name)] for h in kernel.hyperparameters}, like)
-            for kernel, name in self._factors
+            for kernel, name in self.factors
         )
         return Hadamard((one, other), self.n)
 
     def geometry(self, cells: Tensor) -> tuple[Any, Any]:
-        one, other = (self._where(kernel, cells) for kernel, _ in self._factors)
+        one, other = (self._where(kernel, cells) for kernel, _ in self.factors)
         return one, other
 
     def _where(self, kernel: Kernel, cells: Tensor) -> Any:
@@ -91,7 +92,7 @@ class Product(Kernel):
             return cells
 
     def independent(self) -> np.ndarray | None:
-        labels = [label for kernel, _ in self._factors if (label := kernel.independent()) is not None]
+        labels = [label for kernel, _ in self.factors if (label := kernel.independent()) is not None]
         return np.unique(np.column_stack(labels), axis=0, return_inverse=True)[1].reshape(-1) if labels else None
 
     def at(self, cells: np.ndarray) -> Product:

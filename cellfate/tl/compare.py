@@ -58,7 +58,7 @@ def compare(
     Parameters
     ----------
     interaction
-        Also look at the model with `lineage:spatial`; exact matrices only.
+        Also look at the model with `lineage:spatial`.
     key
         The `key_added` of the fit.
     draws

@@ -121,7 +121,7 @@ def decompose(
         specimen: what makes specimens differ as a whole is not neighborhood. One line of the log says so. Give ``[]`` for none.
     interaction
         Also a component `lineage:spatial`: what relatives share only where they are also neighbors. Its covariance is the product
-        of the two, cell by cell, with their own length-scale and the like; it needs exact matrices.
+        of the two, cell by cell, with their own length-scale and the like. With many cells it enters by few columns, see `rank`.
     olre
         An observation-level random effect, component `olre`: every cell has an effect of its own, which takes up the
         overdispersion of ``"poisson"`` counts and of ``"binomial"`` fates with several trials. The dispersion of

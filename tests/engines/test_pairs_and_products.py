@@ -5,19 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 
 from cellfate.engines.base import Sites
 from cellfate.engines.choose import choose
+from cellfate.engines.product_columns import product_columns
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import DataError
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient
 from cellfate.inference.sites import RULES
 from cellfate.kernels.base import Component, Given, Term, unit_scale
+from cellfate.kernels.graph import Composition, Graph
 from cellfate.kernels.groups import CorrelatedSlopes
+from cellfate.kernels.lineage import LINEAGE_KERNELS, OrnsteinUhlenbeck
 from cellfate.kernels.product import Product
+from cellfate.kernels.spatial import Matern32
 from cellfate.model.glmm import Model
+from cellfate.trees.convert import to_forest
 from tests.engines.test_structured import both, close, compare, points
-from tests.problem import dense_engine, double, entries, small_problem
+from tests.problem import dense_engine, double, entries, random_newick, small_problem
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float64}
 
@@ -172,11 +178,63 @@ def test_gradient_of_an_interaction_by_differences():
     torch.testing.assert_close(found, (value[:d] - value[d:]) / (2 * h), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("lineage", LINEAGE_KERNELS)
+def test_an_interaction_in_columns_as_dense(lineage):
+    """With as many columns as cells; those of a product serve every shape of the tree and every length-scale."""
+    compare(with_interaction(lineage=lineage))
+
+
+@pytest.mark.parametrize("kind", ["graph", "composition"])
+def test_an_interaction_of_a_tree_and_other_columns(kind):
+    model, _ = small_problem("poisson")
+    rng = np.random.default_rng(0)
+    n = model.data.n
+    near = cdist(rng.random((n, 2)), rng.random((n, 2))) < 0.3
+    other = Graph(near | near.T) if kind == "graph" else Composition(rng.random((n, 3)))
+    tree = next(c.kernel for c in model.components if c.name == "lineage")
+    found = [Component("lineage", tree), Component("niche", other)]
+    found.append(Component("both", Product(tree, other, ("lineage", "niche"))))
+    compare(replace(model, components=found))
+
+
+def test_columns_of_an_interaction_are_few():
+    """Carried from half of the cells: variances are exact, covariances nearer with more columns."""
+    rng, n = np.random.default_rng(1), 500
+    forest = to_forest(random_newick([f"c{i}" for i in range(n)], rng))
+    leaf = forest.nodes_of([f"c{i}" for i in range(n)])
+    tree, field = OrnsteinUhlenbeck(forest, leaf), Matern32(rng.random((n, 2)), rng.integers(2, size=n))
+    product = Product(tree, field)
+    held = {"alpha_lineage": double([0.3, 2.0]) / forest.depth.max(), "lengthscale_spatial": double([0.4, 0.2])}
+    structure = product.structure(held, double(0.0))
+    exact = structure.dense(product.geometry(torch.arange(n)[None]))[:, 0]
+    errors = []
+    for rank in (16, 64, 200):
+        columns = product_columns(product, lower=0.1, upper=0.6, rank=rank, landmarks=250, like=double(0.0))
+        assert columns.rank == rank
+        spectrum, own = columns.parts(structure)
+        found = columns.phi @ spectrum @ columns.phi.mT + torch.diag_embed(own)
+        variance = exact.diagonal(dim1=-2, dim2=-1)
+        excess = found.diagonal(dim1=-2, dim2=-1) - variance
+        assert float(excess.min()) > -1e-12
+        assert float(excess.mean()) < 0.03 * float(variance.mean())
+        trace, total = columns.moments(spectrum, own)
+        torch.testing.assert_close(trace, found.diagonal(dim1=-2, dim2=-1).sum(-1))
+        torch.testing.assert_close(total, found.sum((-2, -1)))
+        off = (found - exact) - torch.diag_embed(excess)
+        errors.append(float(off.norm() / exact.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.1
+
+
 def test_which_engine_takes_an_interaction():
     model = with_interaction()
-    with pytest.raises(NotImplementedError, match=r"'lineage:spatial'.* are interactions.*Use engine='dense'"):
-        choose("structured", model.components, model.data.n, **CPU)
     assert choose("auto", model.components, model.data.n, **CPU)[0].name == "dense"
+    assert choose("structured", model.components, model.data.n, **CPU)[0].name == "structured"
+    twice = [c for c in model.components if c.name != "lineage:spatial"]
+    field = next(c.kernel for c in twice if c.name == "spatial")
+    twice.append(Component("squared", Product(field, field, ("spatial", "spatial"))))
+    with pytest.raises(NotImplementedError, match=r"'squared'.* not a tree and a field.*Use engine='dense'"):
+        choose("structured", twice, model.data.n, **CPU)
 
 
 def test_what_an_interaction_goes_by_is_in_the_model():

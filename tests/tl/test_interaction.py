@@ -54,8 +54,12 @@ def test_from_anndata():
     assert cf.get.diagnostics(adata)["engine"] == "dense"
     assert list(cf.get.hyperparameters(adata)["term"]) == ["lengthscale_spatial"]
     cf.tl.predict(adata, "ancestors", draws=4, rng=0)  # reads the settings again
-    with pytest.raises(NotImplementedError, match="engine='dense'"):
-        cf.tl.decompose(adata, "size", family="gaussian", interaction=True, engine="structured")
+    exact = cf.get.draws(adata)
+    cf.tl.decompose(adata, "size", family="gaussian", interaction=True, engine="structured", key_added="few", rng=0)
+    assert cf.get.diagnostics(adata, "few")["rank_lineage:spatial"] <= adata.n_obs
+    few = cf.get.draws(adata, "few")
+    for name in ("share_lineage", "share_spatial", "share_lineage:spatial"):
+        assert abs(few[name].mean() - exact[name].mean()) < 0.25 * exact[name].std()
     with pytest.raises(DataError, match="interaction=True needs ancestry and neighborhood, and spatial is None"):
         cf.tl.decompose(adata, "size", family="gaussian", interaction=True, spatial=None)
 
