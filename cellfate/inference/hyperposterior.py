@@ -142,9 +142,11 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         if cloud.fit(points):
             off = cloud.pareto_k > LARGEST_K
             while np.isfinite(cloud.error) and len(points.u) < most and (last or not off):
-                filled.append(_evaluate(model, engine, rule, mode, cloud.gaps(fill, reach), rng))
+                gaps, expected = cloud.gaps(fill, reach)
+                filled.append(_evaluate(model, engine, rule, mode, gaps, rng))
                 points = _Points.join(drawn + filled)
-                cloud.fit(points)
+                if cloud.fit(points):
+                    cloud.tested(expected, filled[-1].log_posterior)
                 # where points are few it may only show now, where they are many more of them mend it
                 off = model.data.n > LARGE and cloud.pareto_k > LARGEST_K
                 if cloud.error <= LARGEST_ERROR:
@@ -279,16 +281,29 @@ class _Cloud:
         covariance = (centered * self._weight[:, None]).T @ centered
         return mean, np.linalg.cholesky(covariance + 1e-2 * self._scale @ self._scale.T)
 
-    def gaps(self, count: int, reach: float) -> np.ndarray:
-        """Points (count, d) that are far from every evaluated one, up to `reach`, weighed by what they would contribute."""
+    def tested(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Where points are few, also by what was `expected` of the last ones before it was `found`.
+
+        They were gaps, and all others were known: leaving out some of few points asks more than is asked of the interpolant.
+        """
+        mass = self.mass[-len(found) :]
+        seen = mass > 0
+        if self._large and seen.any():
+            error = np.sqrt(np.average((found[seen] - expected[seen]) ** 2, weights=mass[seen]))
+            self.error = min(self.error, float(error))
+
+    def gaps(self, count: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
+        """Points (count, d) that are far from every evaluated one, up to `reach`, weighed by what they would contribute.
+
+        With what is expected (count,) there of what is interpolated.
+        """
         keep = (self._weight > 1e-4 * self._weight.max()) & (self._distance < max(reach, 1.001 * self._distance.min()))
-        u, z, weight, distance = self._u[keep], self._z[keep], np.sqrt(self._weight[keep]), self._distance[keep]
+        z, weight, distance = self._z[keep], np.sqrt(self._weight[keep]), self._distance[keep]
         chosen = []
         for _ in range(count):
-            i = int(np.argmax(weight * distance))
-            chosen.append(u[i])
-            distance = np.minimum(distance, np.linalg.norm(z - z[i], axis=1))
-        return np.array(chosen)
+            chosen.append(int(np.argmax(weight * distance)))
+            distance = np.minimum(distance, np.linalg.norm(z - z[chosen[-1]], axis=1))
+        return self._u[keep][chosen], self._found[keep, 0][chosen]
 
     def draws(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Equally weighted draws of hyperparameters (DRAWS, d) and fixed effects (DRAWS, p)."""

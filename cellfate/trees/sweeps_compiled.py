@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WORTH_A_THREAD = 200_000  # numbers touched
 WHOLE_ROW = 1024  # columns
+PARTS = 8  # for each thread
 BUFFER = 2**27  # bytes of scratch per thread where a sweep has to remember a value per node
 
 
@@ -39,6 +40,13 @@ def _run(job: Callable[..., None], tasks: Iterable[tuple[int, ...]], work: int) 
 
 def _blocks(batch: int, k: int, width: int) -> list[tuple[int, int, int]]:
     return [(s, begin, min(begin + width, k)) for s in range(batch) for begin in range(0, k, width)]
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    """Runs of pieces: all at once on one thread, a few for each of several, so that none waits long for the last."""
+    threads = torch.get_num_threads()
+    size = max(1, count if threads < 2 else -(-count // (PARTS * threads)))
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _row_width(k: int) -> int:
@@ -161,8 +169,8 @@ def _rotate(plan: TreePlan, coefficients: Tensor, x: Tensor, out: Tensor | None,
     # whole rows stream twice as fast as parts of them, so it is rather the tree that is cut; its rest is cut into columns
     phases = [
         lambda: _run(
-            lambda piece, *block: turn_rows(at.pieces[piece : piece + 1], *block),
-            [(piece, *block) for block in _blocks(batch, k, WHOLE_ROW) for piece in range(len(at.pieces))],
+            lambda first, last, *block: turn_rows(at.pieces[first:last], *block),
+            [(*part, *block) for block in _blocks(batch, k, WHOLE_ROW) for part in _parts(len(at.pieces))],
             out.numel(),
         ),
         lambda: _run(
