@@ -1,10 +1,12 @@
 """Do 95% intervals hold the truth 95% of the time? Simulated sets with two effects, each fitted as a user would.
 
     python benchmarks/calibration.py                 # quick form: 50 sets each of bernoulli and poisson, n = 200
+    python benchmarks/calibration.py --sets 200 --families gaussian bernoulli poisson negative_binomial categorical \
+        --inheritances 0 0.5 0.9 --workers 2 --out calibration.csv
 
 Of every set the truth is drawn anew. `--truth range` (the default): both standard deviations uniform on 0.3 to 1.8, the
-length-scale log-uniform on 0.25 to 1 (positions have unit variance), intercept 0, positions half inherited; fitted with the
-package's default priors. Truths are then not draws from the prior, half-normal(2), so that the coverage expected of a perfect
+length-scale log-uniform on 0.25 to 1 (positions have unit variance), intercept 0, positions half inherited unless said otherwise;
+fitted with the package's default priors. Truths are then not draws from the prior, half-normal(2), so that the coverage expected of a perfect
 posterior is near 95%, not equal to it. `--truth prior`: everything is drawn from the very priors of the fit, where a perfect
 posterior covers exactly 95%, whatever the data; what is missing is then the approximation's.
 
@@ -41,7 +43,8 @@ PRIORS = {
     "beta": ("normal", 1.0),
 }
 QUANTITIES = ("share_lineage", "share_spatial", "variance_lineage", "variance_spatial", "lengthscale_spatial")
-LEAST = 2  # cells that the rarer of two fates must have for a fit to be possible
+LEAST = 2  # cells that the rarest fate must have for a fit to be possible
+FATES = 3  # of categorical sets
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Set:
     """One simulated set: plain data, so that it can be sent to a worker."""
 
     family: str
+    inheritance: float
     index: int
     n: int
     truth: str
@@ -75,14 +79,21 @@ def draw_truth(how: str, rng: np.random.Generator) -> dict[str, float]:
     }
 
 
+def fewest(fate: pd.Series, levels: int) -> int:
+    """Cells that the rarest of so many fates has."""
+    counts = fate.value_counts()
+    return int(counts.min()) if len(counts) == levels else 0
+
+
 def fit(task: Set) -> dict[str, Any]:
     """Simulate a set, fit it, and compare its intervals with the truth."""
     for_data, for_fit = task.seed.spawn(2)
     rng, redrawn = np.random.default_rng(for_data), 0
     while True:
         truth = draw_truth(task.truth, rng)
-        adata = cf.datasets.simulate(task.n, family=task.family, inheritance=0.5, rng=rng, **truth)
-        if task.family != "bernoulli" or LEAST <= adata.obs["fate"].sum() <= task.n - LEAST:
+        adata = cf.datasets.simulate(task.n, family=task.family, inheritance=task.inheritance, rng=rng, **truth)
+        levels = {"bernoulli": 2, "categorical": FATES}.get(task.family)
+        if levels is None or fewest(adata.obs["fate"], levels) >= LEAST:
             break
         redrawn += 1
     began, cpu = time.perf_counter(), time.process_time()
@@ -96,7 +107,12 @@ def fit(task: Set) -> dict[str, Any]:
             priors=PRIORS if task.truth == "prior" else None,
             rng=np.random.default_rng(for_fit),
         )
-    row: dict[str, Any] = {"family": task.family, "set": task.index, "redrawn": redrawn}
+    row: dict[str, Any] = {
+        "family": task.family,
+        "inheritance": task.inheritance,
+        "set": task.index,
+        "redrawn": redrawn,
+    }
     row |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
     total = truth["variance_lineage"] + truth["variance_spatial"]
     true = {
@@ -117,9 +133,9 @@ def fit(task: Set) -> dict[str, Any]:
 
 
 def summarize(sets: pd.DataFrame) -> list[Mapping[str, object]]:
-    """A row per family and quantity."""
+    """A row per family, inheritance and quantity."""
     rows = []
-    for family, of_family in sets.groupby("family", sort=False):
+    for (family, inheritance), of_family in sets.groupby(["family", "inheritance"], sort=False):
         for name in QUANTITIES:
             true, mean = of_family[f"{name}_truth"], of_family[f"{name}_mean"]
             lower, upper = of_family[f"{name}_lower"], of_family[f"{name}_upper"]
@@ -128,6 +144,7 @@ def summarize(sets: pd.DataFrame) -> list[Mapping[str, object]]:
             rows.append(
                 {
                     "family": family,
+                    "inheritance": inheritance,
                     "quantity": name,
                     "sets": n,
                     "coverage": inside / n,
@@ -152,8 +169,14 @@ def tasks(options: argparse.Namespace) -> list[Set]:
     out = []
     for family in options.families:
         name = np.frombuffer(family.encode(), np.uint8).tolist()
-        seeds = np.random.SeedSequence([options.seed, *name]).spawn(options.sets)
-        out += [Set(family, i, options.n, options.truth, options.method, seed) for i, seed in enumerate(seeds)]
+        for inheritance in options.inheritances:
+            seeds = np.random.SeedSequence([options.seed, *name]).spawn(
+                options.sets
+            )  # the same trees for each inheritance
+            out += [
+                Set(family, inheritance, i, options.n, options.truth, options.method, seed)
+                for i, seed in enumerate(seeds)
+            ]
     return out
 
 
@@ -171,9 +194,10 @@ def _begin(threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=50, help="per family")
+    parser.add_argument("--sets", type=int, default=50, help="per family and inheritance")
     parser.add_argument("--n", type=int, default=200, help="cells of a set")
     parser.add_argument("--families", nargs="+", default=["bernoulli", "poisson"])
+    parser.add_argument("--inheritances", nargs="+", type=float, default=[0.5], help="of positions, 0 to 1")
     parser.add_argument("--truth", choices=("range", "prior"), default="range")
     parser.add_argument("--method", default="variational", help="variational, laplace or ep")
     parser.add_argument("--workers", type=int, default=1)

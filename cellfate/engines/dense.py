@@ -399,7 +399,7 @@ class DensePosterior(LowRankPosterior):
                 drawn[term.name] = term.variance.sqrt()[..., None, None] * (term.structure.phi @ z)
         u = sum(drawn.values(), start=self.mean.new_zeros(()))
         xi = normal(self.engine.n)
-        correction = self.weights[..., None] - self.residual(torch.as_tensor(u)) - self._noise(xi)
+        correction = self.weights[..., None] - self._residual_of(torch.as_tensor(u), xi)
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
 
     def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:

@@ -199,10 +199,11 @@ class LowRankPosterior(Posterior):
             total += y.mT @ (weight[..., rows : rows + ROWS, None] * y)
         return total
 
-    def _noise(self, xi: Tensor) -> Tensor:
-        """R T^-1/2 xi, without the division."""
-        whitened = self._part_whiten_t(self._part_whiten(xi.clone()))
-        return self._tau.sqrt() * whitened - self._tau * (self._y @ self._columns_times(self._tau.sqrt() * xi))
+    def _residual_of(self, u: Tensor, xi: Tensor) -> Tensor:
+        """R (u + T^-1/2 xi), without the division: of draws of the field and of its noise."""
+        root = self._tau.sqrt()
+        whitened = self._part_whiten_t(self._part_whiten(root * u + xi))
+        return root * whitened - self._tau * (self._y @ self._columns_times(self._tau * u + root * xi))
 
     def _coefficients_at(self, slot: slice) -> tuple[Tensor, Tensor]:
         """Posterior mean and covariance of the coefficients of some of the columns."""

@@ -364,7 +364,7 @@ class StructuredPosterior(LowRankPosterior):
                 field = field + part.own.sqrt()[..., None] * normal(self.engine.n)
             drawn[term.name] = field
         u = torch.as_tensor(sum(drawn.values(), start=self.mean.new_zeros(())))
-        correction = self.weights[..., None] - self.residual(u) - self._noise(normal(self.engine.n))
+        correction = self.weights[..., None] - self._residual_of(u, normal(self.engine.n))
         return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
 
     def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:

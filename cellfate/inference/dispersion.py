@@ -3,7 +3,7 @@
 A single gene says little about its dispersion beside the variances of ancestry and neighborhood, which make counts vary too; genes
 together say how dispersion goes with the mean. As in DESeq2 (Love, Huber & Anders 2014) the trend is a0 + a1 / mean and the spread
 about it, less what estimates err, is the width of the prior. Different from there, estimates come from the mixed model itself: one
-from fixed effects alone would count ancestry and neighborhood as dispersion, and give the components too little. A hundred
+from fixed effects alone would count ancestry and neighborhood as dispersion, and give the components too little. Sixty
 responses spread over all means, on a thousand cells, are enough for the three numbers.
 """
 
@@ -23,7 +23,7 @@ from cellfate.inference.mode import PILOT_GAIN, find_mode
 
 DISPERSION = "dispersion"
 FEWEST = 20  # responses from which on there is a trend
-MOST = 100  # responses that it is worked out from
+MOST = 60  # responses that it is worked out from
 CELLS = 1000  # of each
 NARROWEST = 0.5  # sd of the log dispersion about the trend, at least, as in DESeq2
 WIDEST = 1.5

@@ -22,7 +22,7 @@ from cellfate.model.links import BINARY_LINKS, BinaryLink, SymmetricLink
 
 QUADRATURE_NODES = 40
 # posterior variance up to which a number of nodes is enough: a logistic step is the narrower between them the wider they spread
-NODES = ((0.5, 28), (9.0, QUADRATURE_NODES), (math.inf, 200))
+NODES = ((0.1, 20), (0.5, 28), (9.0, QUADRATURE_NODES), (math.inf, 200))
 CHUNK = 2**13  # cells at once, so that what is known at their nodes stays in the cache
 SMALLEST_DIVISOR = 1e-4  # of a standard deviation
 SMALLEST_VARIANCE = 1e-14  # below this a Gaussian is a point; keeps the derivative of sqrt(variance) finite
@@ -421,7 +421,8 @@ class NegativeBinomial(_LogCount):
         y, size = outcome.y, 1 / phi
         shifted = eta + torch.log(phi)
         p = torch.sigmoid(shifted)
-        return y - (y + size) * p, -(y + size) * p * torch.sigmoid(-shifted)
+        slope = (y + size) * p
+        return y - slope, slope * (p - 1)
 
     def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         phi = own.get("dispersion", 0.5)
