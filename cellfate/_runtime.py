@@ -9,8 +9,9 @@ import hashlib
 import logging
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 SeedLike: TypeAlias = int | np.integer | np.random.SeedSequence | np.random.Generator | np.random.RandomState
+
+AHEAD = 8  # tasks for each thread that may be done before their results are taken
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,7 +78,8 @@ def one_of_many() -> Iterator[None]:
 def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.device) -> Iterator[R]:
     """`work` on each of many tasks alike, in order: on a CPU several at a time, each on one thread, which wastes none of them.
 
-    Warnings are silenced: a result has to hold its own. Some tasks are done at a time, so that results need not be kept.
+    Warnings are silenced: a result has to hold its own. Tasks run ahead of what is asked for, but not far, so that results need not be
+    kept.
     """
     import torch
 
@@ -85,20 +89,27 @@ def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.devic
         with one_of_many():
             return work(task)
 
-    for first in range(0, len(tasks), 8 * threads):
-        some = tasks[first : first + 8 * threads]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if threads == 1 or len(some) == 1:
-                done = [one(task) for task in some]
-            else:
-                torch.set_num_threads(1)
-                try:
-                    with ThreadPoolExecutor(threads) as pool:
-                        done = list(pool.map(one, some))
-                finally:
-                    torch.set_num_threads(threads)
-        yield from done
+    if threads == 1 or len(tasks) == 1:
+        for task in tasks:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                done = one(task)
+            yield done
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                ahead: deque[Future[R]] = deque()
+                for task in tasks:
+                    ahead.append(pool.submit(one, task))
+                    if len(ahead) == AHEAD * threads:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+        finally:
+            torch.set_num_threads(threads)
 
 
 def announce(message: str, *details: object) -> None:

@@ -143,7 +143,7 @@ class Variational(Rule):
     name = "variational"
 
     def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
-        e, _ = self._integrals(likelihood, posterior)
+        e = self._expectation(likelihood, posterior)
         return Update(_sites(e, posterior.mean), e.value.sum(-1) - divergence(posterior))
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
@@ -155,6 +155,14 @@ class Variational(Rule):
         correction = (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
         # of variances the part of each cell alone: d tau' (Sigma o Sigma) d tau / 4, the diagonal of it
         return correction + _relative(variance_step, posterior).square().sum(-1) / 4
+
+    @classmethod
+    def _expectation(cls, likelihood: Likelihood, posterior: Posterior) -> Expectation:
+        """Alone where the rest is dear: most updates are followed by another."""
+        if not likelihood.family.dear:
+            return cls._integrals(likelihood, posterior)[0]
+        held = likelihood.detach()
+        return posterior.noted("expectation", lambda: held.expect(posterior.mean, posterior.variance))
 
     @staticmethod
     def _integrals(likelihood: Likelihood, posterior: Posterior) -> tuple[Expectation, Remainder]:

@@ -80,7 +80,7 @@ def fit_sites(
 
     posterior = condition(active, start)
     state = rule.update(likelihood, posterior)
-    left, drift = _left_to_do(rule, likelihood, posterior, state.target)
+    left, drift = _left_to_do(rule, likelihood, posterior, state.target, tolerance)
     settled = left < tolerance
     status[settled] = int(Status.CONVERGED)
     if bool(settled.all()):
@@ -116,7 +116,7 @@ def fit_sites(
         mean = torch.where(accepted[:, None], posterior.mean, mean)
         variance = torch.where(accepted[:, None], posterior.variance, variance)
         last = torch.where(accepted, moved, last)
-        left, its_drift = _left_to_do(rule, likelihood[active], posterior, candidate.target)
+        left, its_drift = _left_to_do(rule, likelihood[active], posterior, candidate.target, tolerance)
         done = accepted & (left < tolerance)
         drift = drift.index_copy(0, active, torch.where(done, its_drift, 0.0))
         stalled = ~done & (step_next < SMALLEST_STEP)
@@ -147,21 +147,26 @@ def _accelerated(past: Anderson, now: Sites, target: Sites, step: Tensor) -> Sit
     return Sites(torch.maximum(x[:, :n], 0.1 * torch.minimum(now.precision, target.precision)), x[:, n:])
 
 
-def _left_to_do(rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites) -> tuple[Tensor, Tensor]:
+def _left_to_do(
+    rule: Rule, likelihood: Likelihood, posterior: Posterior, target: Sites, tolerance: float
+) -> tuple[Tensor, Tensor]:
     """About how much (points,) the next update will change, without doing it, and what of it the free energy feels.
 
-    Means and variances count by their root mean square over cells: a single cell that is far off is felt by the free energy.
+    Means and variances count by their root mean square over cells: a single cell that is far off is felt by the free energy. What it
+    feels is only asked for where they are within `tolerance` at one point at least.
     """
     pull = target.shift - target.precision * posterior.mean - posterior.weights
     mean_step = posterior.smooth(pull[..., None])[..., 0]
     shrinkage = (target.precision - posterior.sites.precision) * posterior.variance
+    smallest = torch.finfo(mean_step.dtype).tiny
+    of_means = (mean_step.square() / posterior.variance.clamp(min=smallest)).mean(-1).sqrt()
+    left = torch.maximum(of_means, shrinkage.square().mean(-1).sqrt())
+    if not bool((left < tolerance).any()):
+        return left, torch.zeros_like(left)
     drift = rule.drift(likelihood, posterior, mean_step, -shrinkage * posterior.variance)
     if rule.monotone:
         drift = drift + 0.5 * (pull * mean_step).sum(-1)
-    smallest = torch.finfo(mean_step.dtype).tiny
-    of_means = (mean_step.square() / posterior.variance.clamp(min=smallest)).mean(-1).sqrt()
-    of_variances = shrinkage.square().mean(-1).sqrt()
-    return torch.maximum(torch.maximum(of_means, of_variances), drift.abs()), drift
+    return torch.maximum(left, drift.abs()), drift
 
 
 def _put(sites: Sites, index: Tensor, values: Sites) -> Sites:

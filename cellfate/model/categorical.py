@@ -80,7 +80,7 @@ class Categorical(Family):
     log-density is shared out evenly over the contrasts of a cell; multinomial coefficients are left out of it.
     """
 
-    name, links, kind = "categorical", ("softmax",), "fates"
+    name, links, kind, dear = "categorical", ("softmax",), "fates", True
 
     @staticmethod
     def outcome(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

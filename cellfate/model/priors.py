@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import kve
 from torch import Tensor
 
 from cellfate.errors import DataError
@@ -32,6 +33,37 @@ class HalfNormal(Prior):
 
     def log_density(self, x: Tensor) -> Tensor:
         return 0.5 * math.log(2 / math.pi) - math.log(self.scale) - 0.5 * (x / self.scale).square()
+
+
+@dataclass(frozen=True)
+class HalfT(Prior):
+    """Student's t about zero, folded: with few `degrees` of freedom it lets a variance be large (Gelman 2006)."""
+
+    degrees: float
+    scale: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        half = (self.degrees + 1) / 2
+        whole = math.log(2) + math.lgamma(half) - math.lgamma(self.degrees / 2) - 0.5 * math.log(self.degrees * math.pi)
+        return whole - math.log(self.scale) - half * torch.log1p((x / self.scale).square() / self.degrees)
+
+
+@dataclass(frozen=True)
+class Penalised(Prior):
+    r"""Penalised complexity: an sd is above `upper` with probability `tail`, and zero is most likely (Simpson et al. 2017).
+
+    Exponential, rounded off below a hundredth of `upper`, :math:`\exp(-\lambda \sqrt{x^2 + \epsilon^2})`, so that it is smooth at zero
+    as the coordinate is.
+    """
+
+    upper: float
+    tail: float
+
+    def log_density(self, x: Tensor) -> Tensor:
+        rate, round_ = -math.log(self.tail) / self.upper, 0.01 * self.upper
+        # the integral of exp(-rate sqrt(x^2 + round^2)) over x > 0 is round K_1(rate round), and kve is K_1 times exp of its argument
+        whole = math.log(round_ * float(kve(1, rate * round_)))
+        return -rate * (torch.sqrt(x.square() + round_**2) - round_) - whole
 
 
 @dataclass(frozen=True)
@@ -86,14 +118,16 @@ class Flat(Prior):
 
 FORMS: dict[type[Prior], str] = {
     HalfNormal: "('half_normal', scale)",
+    HalfT: "('half_t', degrees, scale)",
+    Penalised: "('pc', upper, tail)",
     LogNormal: "('lognormal', median, sd)",
     Normal: "('normal', sd)",
     Uniform: "('uniform',)",
     Lkj: "('lkj', eta)",
 }
 SUITS: dict[str, tuple[str, tuple[type[Prior], ...]]] = {  # by scale: the range in words, and what lives on it
-    "sd": ("a positive standard deviation", (HalfNormal, LogNormal)),
-    "log": ("a positive number", (HalfNormal, LogNormal)),
+    "sd": ("a positive standard deviation", (HalfNormal, HalfT, Penalised, LogNormal)),
+    "log": ("a positive number", (HalfNormal, HalfT, Penalised, LogNormal)),
     "logit": ("between 0 and 1", (Uniform,)),
     "atanh": ("a correlation", (Lkj,)),
     "real": ("any real number", (Normal,)),
@@ -107,6 +141,8 @@ def parse_prior(name: str, spec: object) -> Prior | float:
     kind, *arguments = (spec,) if isinstance(spec, str) or not isinstance(spec, Sequence) or not spec else spec
     known = {
         "half_normal": (HalfNormal, 1),
+        "half_t": (HalfT, 2),
+        "pc": (Penalised, 2),
         "lognormal": (LogNormal, 2),
         "normal": (Normal, 1),
         "uniform": (Uniform, 0),
@@ -126,11 +162,12 @@ def parse_prior(name: str, spec: object) -> Prior | float:
         and kind in known
         and len(values) == known[kind][1]
         and all(math.isfinite(v) and v > 0 for v in values)
+        and not (kind == "pc" and values[1] >= 1)
     ):
         return known[kind][0](*values)
     raise DataError(
-        f"prior {spec!r} of {name!r} is not understood; write 'flat', ('half_normal', scale), ('lognormal', median, sd), "
-        "('normal', sd), ('uniform',), ('lkj', eta) or ('fixed', value), with positive finite numbers."
+        f"prior {spec!r} of {name!r} is not understood; write 'flat', {', '.join(FORMS.values())} or ('fixed', value), with positive "
+        "finite numbers, and a `tail` below 1."
     )
 
 

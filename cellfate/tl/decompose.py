@@ -137,7 +137,8 @@ def decompose(
         Number of trials of a binomial fate: a column of `adata.obs`, (n,) or one number.
     priors
         By name: `sd_lineage`, `sd_spatial`, `sd_niche`, `sd_<group>`, `sd_<group>:<column>`, `sd_lineage:spatial`, `sd_olre`, `sd_residual`, `lengthscale_spatial`, `alpha_lineage`,
-        `lambda_lineage`, `rate_lineage`, `dispersion`, `precision`, `gap_<k>`, `correlation_<group>`, `beta`. Each ``("half_normal", scale)``, ``("lognormal", median, sd)``,
+        `lambda_lineage`, `rate_lineage`, `dispersion`, `precision`, `gap_<k>`, `correlation_<group>`, `beta`. Each ``("half_normal", scale)``, ``("half_t", degrees, scale)``,
+        ``("pc", upper, tail)`` (penalised complexity: above `upper` with probability `tail`), ``("lognormal", median, sd)``,
         ``("normal", sd)`` (`beta`), ``("uniform",)`` (`lambda_lineage`), ``("lkj", eta)``
         (`correlation_<group>`; eta = 1, uniform, by default), ``("fixed", value)`` or ``"flat"``. Default: half-normal(2) for each
         standard deviation on link scale (times the response's own for gaussian), for slopes per root mean square of the covariate.

@@ -8,10 +8,52 @@ import torch
 from scipy import integrate, stats
 
 from cellfate.errors import DataError
-from cellfate.model.priors import Flat, HalfNormal, Lkj, LogNormal, Normal, Parameter, Prior, Uniform, parse_prior
+from cellfate.model.priors import (
+    Flat,
+    HalfNormal,
+    HalfT,
+    Lkj,
+    LogNormal,
+    Normal,
+    Parameter,
+    Penalised,
+    Prior,
+    Uniform,
+    parse_prior,
+)
 from tests.problem import double
 
+
+class Folded:
+    """Twice the density of a symmetric distribution."""
+
+    def __init__(self, whole):
+        self.whole = whole
+
+    def logpdf(self, x):
+        return self.whole.logpdf(x) + math.log(2)
+
+
+class Rounded:
+    """An exponential density of `hypot(x, 0.01 upper)`, its integral by quadrature."""
+
+    def __init__(self, upper, tail):
+        self.rate, self.round = -math.log(tail) / upper, 0.01 * upper
+
+    def logpdf(self, x):
+        def density(x):
+            return np.exp(-self.rate * np.hypot(x, self.round))
+
+        whole = sum(
+            integrate.quad(density, a, b, epsabs=0, epsrel=1e-13)[0] for a, b in ((0, 1), (1, 10), (10, np.inf))
+        )
+        return -self.rate * np.hypot(x, self.round) - np.log(whole)
+
+
 PRIORS = {
+    HalfT(3.0, 1.5): Folded(stats.t(3.0, scale=1.5)),
+    HalfT(1.0, 0.4): stats.halfcauchy(scale=0.4),
+    Penalised(2.0, 0.05): Rounded(2.0, 0.05),
     HalfNormal(2.0): stats.halfnorm(scale=2.0),
     HalfNormal(0.3): stats.halfnorm(scale=0.3),
     LogNormal(0.5, 1.5): stats.lognorm(s=1.5, scale=0.5),
@@ -42,6 +84,8 @@ def test_every_prior_is_compared():
         (("flat",), Flat()),
         (("half_normal", 2), HalfNormal(2.0)),
         (["lognormal", 0.5, 1.5], LogNormal(0.5, 1.5)),
+        (("half_t", 3, 1.5), HalfT(3.0, 1.5)),
+        (("pc", 2, 0.05), Penalised(2.0, 0.05)),
         (("normal", 5.0), Normal(5.0)),
         (("uniform",), Uniform()),
         ("uniform", Uniform()),
@@ -65,6 +109,8 @@ def test_what_the_user_writes(spec, prior):
         ("half_normal", math.inf),
         ("half_normal", math.nan),
         ("half_normal", 1.0, 2.0),
+        ("half_t", 3.0),
+        ("pc", 2.0, 1.0),
         ("half_normal", "wide"),
         ("lognormal", 1.0),
         ("flat", 1.0),
@@ -158,3 +204,9 @@ def test_only_a_correlation_is_held_below_zero():
     assert parse_prior("correlation_clone", ("fixed", -0.4)) == -0.4
     with pytest.raises(DataError, match="is not understood"):
         parse_prior("correlation_clone", ("fixed", -1.0))
+
+
+def test_penalised_complexity_says_how_often_an_sd_is_large():
+    prior = Penalised(2.0, 0.05)
+    above = integrate.quad(lambda x: math.exp(float(prior.log_density(double(x)))), 2.0, np.inf)[0]
+    assert above == pytest.approx(0.05, rel=0.02)  # rounded off at a hundredth of 2
