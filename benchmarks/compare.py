@@ -35,7 +35,9 @@ def compare(
         worse = []
         if pd.notna(row[f"{by}_base"]) and pd.isna(row[f"{by}_head"]):
             worse.append(f"failed ({row['status_head']})")
-        for name, floor in ((by, least), ("peak_MiB", 50.0)):
+        for name, floor in ((by, least), ("peak_MiB", 50.0), ("peak_device_MiB", 50.0)):
+            if f"{name}_base" not in both:
+                continue
             before, after = row[f"{name}_base"], row[f"{name}_head"]
             out[f"{name}_ratio"] = after / before
             if max(before, floor) * threshold < after:
@@ -45,6 +47,8 @@ def compare(
                 continue
             before, after = row[f"{name}_base"], row[f"{name}_head"]
             out[f"{name}_change"] = after - before
+            if pd.notna(before) and pd.isna(after):
+                worse.append(f"{name} lost")
             if after > before + max(slack, (threshold - 1) * before):
                 worse.append(f"{name} {before:.3g} -> {after:.3g}")
         rows.append(out | {"worse": "; ".join(worse), "note": ""})

@@ -42,6 +42,8 @@ fit_lme4 <- function() {
     deviance <- do.call(mkLmerDevfun, parts)
     best <- optimizeLmer(deviance)
   }
+  code <- if (is.null(best$conv)) best$convergence else best$conv
+  say("converged", as.numeric(length(code) == 0 || all(code == 0)))
   model <- mkMerMod(environment(deviance), best, parts$reTrms, fr = parts$fr)
   scale <- if (family == "bernoulli") 1 else sigma(model)^2
   theta <- getME(model, "theta")
@@ -56,6 +58,7 @@ fit_glmmTMB <- function() {
   order <- names(parts$condList$reTrms$cnms)
   parts$data.tmb$Z <- as(as(do.call(cbind, root[order]), "TsparseMatrix"), "generalMatrix")
   model <- fitTMB(parts)
+  say("converged", as.numeric(model$fit$convergence == 0 && isTRUE(model$sdr$pdHess)))
   at <- model$fit$par
   spread <- sqrt(diag(model$sdr$cov.fixed))
   theta <- which(names(at) == "theta")  # log sd
@@ -74,6 +77,7 @@ fit_spaMM <- function() {
   formula <- as.formula(paste("y ~ 1 +", paste0("corrMatrix(1 | ", fields, ")", collapse = " + ")))
   structures <- setNames(unname(named), rep("corrMatrix", length(fields)))
   model <- fitme(formula, data = data, family = response, covStruct = structures, method = "ML")
+  say("converged", as.numeric(length(model$warnings) == 0))
   variance <- get_ranPars(model, which = "lambda")
   for (i in seq_along(fields)) say(paste0("variance_", fields[i]), variance[[i]])
   if (family != "bernoulli") say("variance_residual", residVar(model, which = "fit"))

@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from machine import machine, table
 from methods import METHODS, measure, parse
@@ -63,10 +64,11 @@ def peers() -> dict[str, str]:
 def largest_error(
     estimates: Mapping[str, Mapping[str, float]], against: Mapping[str, float], truth: Mapping[str, float]
 ) -> float | None:
-    """Over the variances of tree and space; None where neither was estimated."""
+    """Over the variances of tree and space, NaN where one is no number; None where neither was estimated."""
     names = [name for name in ("variance_lineage", "variance_spatial") if name in estimates and name in against]
     unit = {name: max(against[name], SMALL * truth[name]) for name in names}
-    return max((abs(estimates[name]["estimate"] - against[name]) / unit[name] for name in names), default=None)
+    errors = [abs(estimates[name]["estimate"] - against[name]) / unit[name] for name in names]
+    return float(np.max(errors)) if errors else None
 
 
 def dense_name(options: Mapping[str, str]) -> str:

@@ -19,6 +19,10 @@ MARGINAL_EFFECTS = "marginal_effects"
 ASSOCIATIONS = "associations"
 COMPARISON = "comparison"
 TESTS = "tests"
+CHECKS = "checks"
+PREDICTIONS = "predictions"
+CALIBRATION = "calibration"
+PRIOR_SENSITIVITY = "prior_sensitivity"
 IDENTIFIABILITY = "cellfate_identifiability"
 CORRELATIONS = "cellfate_correlations"
 RESPONSES = "responses"  # a row per response, where there are many
@@ -32,6 +36,11 @@ def effects(key: str) -> str:
 def shares(key: str) -> str:
     """The `varm` slot of shares, where the responses are genes."""
     return f"{key}_shares"
+
+
+def residual(key: str) -> str:
+    """The `obs` column of residuals."""
+    return f"{key}_residual"
 
 
 def node_attributes(key: str) -> tuple[str, str]:

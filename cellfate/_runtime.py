@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
+
+from cellfate.errors import CellfateWarning
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +70,7 @@ _one_of_many: ContextVar[bool] = ContextVar("one_of_many", default=False)
 
 @contextmanager
 def one_of_many() -> Iterator[None]:
-    """Inside, work is one of many pieces alike: it has no progress bar of its own, and `announce` is silent."""
+    """Inside, work is one of many pieces alike: it has no progress bar of its own, and `announce` and `warn` are silent."""
     token = _one_of_many.set(True)
     try:
         yield
@@ -75,10 +78,16 @@ def one_of_many() -> Iterator[None]:
         _one_of_many.reset(token)
 
 
+def warn(message: str, *, stacklevel: int = 2) -> None:
+    """Warn of a result; silent for one of many, which has to hold its own doubts."""
+    if not _one_of_many.get():
+        warnings.warn(message, CellfateWarning, stacklevel=stacklevel + 1)
+
+
 def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.device) -> Iterator[R]:
     """`work` on each of many tasks alike, in order: on a CPU several at a time, each on one thread, which wastes none of them.
 
-    Warnings are silenced: a result has to hold its own. Tasks run ahead of what is asked for, but not far, so that results need not be
+    Warnings are silenced, see :func:`warn`, and those of others while a result is waited for. Tasks run ahead of what is asked for, but not far, so that results need not be
     kept.
     """
     import torch
@@ -89,27 +98,27 @@ def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.devic
         with one_of_many():
             return work(task)
 
+    def silently(result: Callable[[], R]) -> R:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return result()
+
     if threads == 1 or len(tasks) == 1:
         for task in tasks:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                done = one(task)
-            yield done
+            yield silently(partial(one, task))
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                ahead: deque[Future[R]] = deque()
-                for task in tasks:
-                    ahead.append(pool.submit(one, task))
-                    if len(ahead) == AHEAD * threads:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-        finally:
-            torch.set_num_threads(threads)
+    # whoever takes the results has warnings and threads as before: the number of threads is a worker's own
+    pool, ahead = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), deque[Future[R]]()
+    try:
+        for task in tasks:
+            ahead.append(pool.submit(one, task))
+            if len(ahead) == AHEAD * threads:
+                yield silently(ahead.popleft().result)
+        while ahead:
+            yield silently(ahead.popleft().result)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # of workers that others start
 
 
 def announce(message: str, *details: object) -> None:

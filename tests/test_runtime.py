@@ -124,7 +124,7 @@ def test_tasks_side_by_side_keep_their_order_and_leave_threads_and_warnings_as_t
         seen = []
 
         def work(task: int) -> tuple[int, int]:
-            warnings.warn("of one of many", CellfateWarning, stacklevel=1)
+            _runtime.warn("of one of many")
             seen.append(task)
             return task * task, torch.get_num_threads()
 
@@ -135,6 +135,17 @@ def test_tasks_side_by_side_keep_their_order_and_leave_threads_and_warnings_as_t
         assert {threads for _, threads in done} == {1}
         assert not told
         assert torch.get_num_threads() == 3
+        taken = []
+
+        def take() -> None:
+            for _ in _runtime.side_by_side(work, range(50), torch.device("cpu")):
+                taken.append(torch.get_num_threads())
+                _runtime.warn("of who takes them")
+
+        with pytest.warns(CellfateWarning, match="of who takes them"):
+            take()
+        assert set(taken) == {3}
+        seen = seen[:50]
         assert sorted(seen) == list(range(50))
         with pytest.raises(ZeroDivisionError):
             list(_runtime.side_by_side(lambda task: 1 / task, range(4), torch.device("cpu")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,15 +22,35 @@ SHARE_OF_MEMORY = 0.7  # of what is free, for the matrices of one hyperparameter
 DENSE_ENOUGH = 3000  # cells of a block up to which exact matrices take about as long as sweeps and columns
 WITHOUT_FIELDS = 500  # the same where there is no field to approximate,
 NARROW = 0.1  # and fewer columns than this part of the cells
+CONTROL_GROUPS = (  # where Linux keeps limit and use, in either version
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can be used on a device; infinite where the system does not say."""
+    """Bytes that can be used on a device: what the machine has, and what a job is allowed; infinite where the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    return min(_available(), *(_allowed(Path(limit), Path(used)) for limit, used in CONTROL_GROUPS))
+
+
+def _available() -> float:
+    """Of the machine, file caches included: they give way."""
     try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * float(line.split()[1])
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
+        return float("inf")
+
+
+def _allowed(limit: Path, used: Path) -> float:
+    """Of a control group, as containers and cluster jobs are."""
+    try:
+        return max(0.0, float(limit.read_text()) - float(used.read_text()))
+    except (OSError, ValueError):  # no such group, or "max"
         return float("inf")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cellfate.engines import elsewhere
 from cellfate.engines.base import Engine, Sites
 from cellfate.engines.blocks import Blocks, connect
+from cellfate.engines.columns import Layout
 from cellfate.engines.lowrank import LowRankPosterior
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
@@ -179,7 +180,8 @@ class DenseEngine(Engine):
             jitter = JITTER * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny) + (diagonal == 0)
             raised = k.clone()
             raised.diagonal(dim1=-2, dim2=-1).add_(jitter)
-            out.append(torch.linalg.cholesky(raised))
+            # a cell without prior variance has none in a draw either
+            out.append(torch.linalg.cholesky(raised) * (diagonal != 0)[..., None])
         if name in self._constant:
             self._factors[name] = out
         return out
@@ -201,7 +203,7 @@ class DensePosterior(LowRankPosterior):
                 lower = torch.where((info != 0)[..., None, None], torch.full_like(lower, torch.nan), lower)
             self._log_det = self._log_det + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
             self._lower.append(invert_lower(lower))
-        self._join(prior.columns, prior.factor, sites)
+        self._join(prior.columns, Layout.whole(prior.columns.shape[1]), prior.factor, sites)
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

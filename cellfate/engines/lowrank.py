@@ -5,7 +5,8 @@ the columns Z (n, m) with S = F F' come in by the matrix inversion lemma,
 
     Sigma = Sigma_A + Y P P' Y',    R = R_A - T Y P P' Y' T,    Y = (I + A T)^-1 Z,    P P' = (S^-1 + Z' R_A Z)^-1,
 
-so that beside the factor everything is a ridge regression on m columns.
+so that beside the factor everything is a ridge regression on m columns. Z, Y and what is as long are stored as
+:mod:`cellfate.engines.columns` says: where independent sets of cells have columns of their own, side by side.
 """
 
 from __future__ import annotations
@@ -18,23 +19,19 @@ import torch
 from torch import Tensor
 
 from cellfate.engines.base import Posterior, Sites
+from cellfate.engines.columns import Layout
 
 UNSEEN = 1e-8  # of the most informed cell: a cell that knows less is treated as unobserved
 COLUMNS, ROWS = 64, 4096  # taken at a time where a matrix as large as the columns would be made
 ESTIMATE, PROBES = 1_500, 8  # cells from which on products with squares are estimated, and by how many random vectors
 
 
-def inner(columns: Tensor, x: Tensor) -> Tensor:
-    """Columns' x for a few columns x (..., n, k): a long and narrow product, several times faster from the narrow side."""
-    return (x.mT @ columns).mT
-
-
 class LowRankPosterior(Posterior):
     """What follows from a factor of the cheap part, given by the methods that begin with `_part`."""
 
-    def _join(self, columns: Tensor, factor: Tensor, sites: Sites) -> None:
-        """Condition on `sites`; columns Z (n, m), factor F (..., m, m)."""
-        self.sites, self._z, self._f = sites, columns, factor
+    def _join(self, columns: Tensor, layout: Layout, factor: Tensor, sites: Sites) -> None:
+        """Condition on `sites`; columns Z (n, width) and their layout, factor F (..., m, m)."""
+        self.sites, self._z, self._layout, self._f = sites, columns, layout, factor
         tau = sites.precision[..., None]
         self._tau = tau
         self._seen = (tau > 0) & (tau >= UNSEEN * tau.amax(-2, keepdim=True))
@@ -44,16 +41,16 @@ class LowRankPosterior(Posterior):
         resolved = self._part_resolve(shift)
         # what the data say of the coefficients (..., m, 1), and what these add to the field
         self._factorize()
-        self._coefficients = self._p @ (self._p.mT @ inner(columns, resolved))
-        pulled = self._part_respond(columns @ self._coefficients)
+        self._coefficients = self._p @ (self._p.mT @ layout.inner(columns, resolved))
+        pulled = self._part_respond(layout.times(columns, self._coefficients))
         self.mean = (self._part_prior(resolved) + pulled)[..., 0]
         self.weights = (resolved - tau * pulled)[..., 0]
 
     def _factorize(self) -> None:
         """The Gram matrix Z' R_A Z, P and log|B|."""
-        z, f, m = self._z, self._f, self._z.shape[-1]
+        z, f, m = self._z, self._f, self._layout.total
         self._whitened: Tensor | None = self._part_whiten(self._tau.sqrt() * z)
-        self._gram = self._whitened.mT @ self._whitened
+        self._gram = self._layout.gram(self._whitened)
         capacity = f.mT @ self._gram @ f
         capacity = capacity + torch.eye(m, dtype=z.dtype, device=z.device)
         lower, info = torch.linalg.cholesky_ex(capacity)
@@ -73,17 +70,12 @@ class LowRankPosterior(Posterior):
         out = self._part_variance()
         if not self._p.shape[-1]:
             return out
-        low_rank = torch.empty_like(self.mean)
-        for rows in range(0, low_rank.shape[-1], ROWS):
-            e = self._y[..., rows : rows + ROWS, :] @ self._p
-            low_rank[..., rows : rows + ROWS] = e.square_().sum(-1)
-        return out + low_rank
+        return out + self._layout.squares(self._y, self._p, ROWS)
 
     def _e(self) -> Iterator[tuple[slice, Tensor]]:
-        """E = Y P, a block of columns at a time: Sigma = Sigma_A + E E'."""
-        for first in range(0, self._p.shape[-1], COLUMNS):
-            block = slice(first, first + COLUMNS)
-            yield block, self._y @ self._p[..., block]
+        """E = Y P, a block of columns at a time: Sigma = Sigma_A + E E'. As long as the cells, and stored as the columns are."""
+        for block in self._layout.blocks(COLUMNS):
+            yield block, self._layout.turned(self._y, self._p, block)
 
     # -- the cheap part ------------------------------------------------------------------------------------------------
 
@@ -93,11 +85,11 @@ class LowRankPosterior(Posterior):
 
     @abstractmethod
     def _part_whiten(self, x: Tensor) -> Tensor:
-        """M x; may overwrite x."""
+        """M x; overwrites x where the result fits into it, which callers count on nowhere."""
 
     @abstractmethod
     def _part_whiten_t(self, x: Tensor) -> Tensor:
-        """M' x; may overwrite x."""
+        """M' x; the same."""
 
     @abstractmethod
     def _part_prior(self, x: Tensor) -> Tensor:
@@ -143,21 +135,26 @@ class LowRankPosterior(Posterior):
 
     def _columns_times(self, x: Tensor) -> Tensor:
         """P P' Y' x, what the data say of the coefficients."""
-        return self._p @ (self._p.mT @ inner(self._y, x))
+        return self._p @ (self._p.mT @ self._layout.inner(self._y, x))
 
     def prior_times(self, x: Tensor) -> Tensor:
-        return self._part_prior(x) + self._z @ (self._f @ (self._f.mT @ inner(self._z, x)))
+        along = self._f @ (self._f.mT @ self._layout.inner(self._z, x))
+        return self._part_prior(x) + self._layout.times(self._z, along)
 
     def residual(self, x: Tensor) -> Tensor:
-        return self._part_residual(x) - self._tau * (self._y @ self._columns_times(self._tau * x))
+        return self._part_residual(x) - self._tau * self._respond_to(self._tau * x)
 
     def smooth(self, x: Tensor) -> Tensor:
-        return self._part_smooth(x) + self._y @ self._columns_times(x)
+        return self._part_smooth(x) + self._respond_to(x)
+
+    def _respond_to(self, x: Tensor) -> Tensor:
+        """Y P P' Y' x."""
+        return self._layout.times(self._y, self._columns_times(x))
 
     def smooth_squared(self, x: Tensor) -> Tensor:
         if not self._p.shape[-1]:
             return self._part_squared(x)
-        if x.shape[-2] > ESTIMATE:
+        if x.shape[-2] > ESTIMATE and self._p.shape[-1] > PROBES:
             return self._part_squared(x) + self._estimated_squares(x)
         result = self._part_squared(x)
         for _, e in self._e():
@@ -166,7 +163,7 @@ class LowRankPosterior(Posterior):
         squares = []
         for x_k in x.unbind(-1):
             middle = self._p @ (self._p.mT @ self._weighted_gram(x_k) @ self._p) @ self._p.mT
-            squares.append(((self._y @ middle) * self._y).sum(-1))
+            squares.append(self._layout.bilinear(self._y, middle, self._layout, self._y, ROWS))
         return result + torch.stack(squares, -1)
 
     @cached_property
@@ -175,7 +172,7 @@ class LowRankPosterior(Posterior):
         signs = torch.randint(2, (self._z.shape[-2], PROBES), generator=torch.Generator().manual_seed(0))
         z = (2.0 * signs - 1.0).to(self.mean)
         part = self._part_smooth(z)
-        return z, part + self._y @ self._columns_times(z), part
+        return z, part + self._respond_to(z), part
 
     def _estimated_squares(self, x: Tensor) -> Tensor:
         """(Sigma o Sigma - Sigma_A o Sigma_A) x = diag(Sigma diag(x) Sigma) - ..., by probes and linear in x.
@@ -187,23 +184,19 @@ class LowRankPosterior(Posterior):
         for x_k in x.unbind(-1):
             along = x_k[..., None] * z
             of_part = self._part_smooth(along)
-            of_whole = of_part + self._y @ self._columns_times(along)
+            of_whole = of_part + self._respond_to(along)
             out.append((of_whole * whole - of_part * part).mean(-1))
         return torch.stack(out, -1)
 
     def _weighted_gram(self, weight: Tensor) -> Tensor:
         """Y' diag(weight) Y."""
-        total = torch.zeros_like(self._gram)
-        for rows in range(0, self._y.shape[-2], ROWS):
-            y = self._y[..., rows : rows + ROWS, :]
-            total += y.mT @ (weight[..., rows : rows + ROWS, None] * y)
-        return total
+        return self._layout.gram(self._y, weight, ROWS)
 
     def _residual_of(self, u: Tensor, xi: Tensor) -> Tensor:
         """R (u + T^-1/2 xi), without the division: of draws of the field and of its noise."""
         root = self._tau.sqrt()
         whitened = self._part_whiten_t(self._part_whiten(root * u + xi))
-        return root * whitened - self._tau * (self._y @ self._columns_times(self._tau * u + root * xi))
+        return root * whitened - self._tau * self._respond_to(self._tau * u + root * xi)
 
     def _coefficients_at(self, slot: slice) -> tuple[Tensor, Tensor]:
         """Posterior mean and covariance of the coefficients of some of the columns."""

@@ -92,7 +92,8 @@ def product_columns(
 
     As many as `rank`, or the smallest multiple of 32, at most :data:`MOST`, that leaves out no more than :data:`TOLERANCE`.
     """
-    n = kernel.n
+    n, given = kernel.n, like
+    like = like.double()
     some = np.sort(np.random.default_rng(0).permutation(n)[:landmarks])
     cells = torch.as_tensor(some, device=like.device)
     steps, field = _blended(kernel, lower, upper, like)
@@ -106,12 +107,12 @@ def product_columns(
     if rank is None:
         missed = float(values.sum()) - values.cumsum(0)
         rank = min(STEP * math.ceil((int((missed > TOLERANCE * whole).sum()) + 1) / STEP), MOST)
-    rank = max(1, min(rank, int((values > RESOLVED * values[0]).sum()), len(cells)))
+    rank = min(rank, int((values > RESOLVED * values[0]).sum()), len(cells))  # none, where every branch is a last one
     values, vectors = values[:rank], vectors[:, :rank].contiguous()
     phi = vectors if len(cells) == n else _carried(kernel, steps, field, cells, vectors / values, like)
     if len(cells) < n:
         phi[cells] = vectors
-    return ProductColumns(kernel, phi, cells, vectors)
+    return ProductColumns(kernel, phi.to(given), cells, vectors.to(given))
 
 
 def identity(kernel: Product) -> tuple[tuple[Hashable, ...], tuple[np.ndarray, ...]] | None:
@@ -132,8 +133,8 @@ def _factors(structure: Hadamard) -> tuple[TreeSteps, Basis | Stationary]:
 
 
 def _among(structure: Hadamard, kernel: Product, cells: Tensor) -> Tensor:
-    """Entries (..., u, u) among some cells."""
-    return structure.dense(kernel.geometry(cells[None]))[..., 0, :, :]
+    """Entries (..., u, u) among some cells, in the dtype of the hyperparameters."""
+    return structure.dense(kernel.geometry(cells[None]))[..., 0, :, :].to(structure.factors[0].noise)  # type: ignore[attr-defined]
 
 
 def _diagonal(field: Basis | Stationary | Blend, like: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
+from cellfate.engines.blocks import connect
+from cellfate.engines.columns import Apart, Columns, side_by_side, together
 from cellfate.engines.lowrank import COLUMNS
 from cellfate.engines.made import Made
 from cellfate.engines.product_columns import MOST, ProductColumns, has_columns, identity, product_columns
@@ -33,9 +35,7 @@ from cellfate.trees.sweeps import path_sums, up_sums
 PILOT_RANK = 128  # of a field in a first fit, over all length-scales that the data bound
 PER_COLUMN = 4  # landmarks that a column needs
 EXPECTED_RANK = 512  # before it is known
-DOUBTFUL_SHARE = (
-    0.02  # of a field's variance that its columns leave out: it costs about half a nat, and a percent of the estimate
-)
+DOUBTFUL_SHARE = 0.01  # of a field's variance that its columns leave out
 REACH = 2.0  # beyond the bounds of a length-scale, where the search may go
 
 
@@ -68,7 +68,7 @@ class StructuredEngine(Engine):
         self._fields: dict[str, FieldBasis] = {}
         self._interactions: dict[str, ProductColumns] = {}
         self._information: dict[str, float] = {}
-        self._columns: dict[tuple[str, ...], tuple[Tensor, dict[str, slice]]] = {}
+        self._columns: dict[tuple[str, ...], Columns] = {}
 
     # -- the prior -----------------------------------------------------------------------------------------------------
 
@@ -139,15 +139,7 @@ class StructuredEngine(Engine):
     def focus(
         self, ranges: Mapping[str, tuple[float, float]], information: Mapping[str, float] | None = None
     ) -> StructuredEngine:
-        engine = StructuredEngine(
-            self._components,
-            self.n,
-            device=self.like.device,
-            dtype=self.like.dtype,
-            rank=self.rank,
-            ranges={**self.ranges, **ranges},
-            made=self._made,
-        )
+        engine = self._like(ranges={**self.ranges, **ranges})
         engine.plan, engine._information = self.plan, dict(information or {})
         return engine
 
@@ -164,29 +156,13 @@ class StructuredEngine(Engine):
         )
 
     def shared(self) -> StructuredEngine:
-        engine = StructuredEngine(
-            self._components,
-            self.n,
-            device=self.like.device,
-            dtype=self.like.dtype,
-            rank=self.rank,
-            ranges=self.ranges,
-            made=Made(),
-        )
+        engine = self._like(made=Made())
         engine.plan = self.plan
         return engine
 
     def pilot(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
         rank = PILOT_RANK if self.rank is None else min(PILOT_RANK, self.rank)
-        return StructuredEngine(
-            components,
-            len(cells),
-            device=self.like.device,
-            dtype=self.like.dtype,
-            rank=rank,
-            rough=True,
-            made=self._made,
-        )
+        return self._like(components, len(cells), rank=rank, rough=True)
 
     def _phi(self, term: Term) -> Tensor | None:
         """Columns (n, m) of a component; None where it has none."""
@@ -210,7 +186,8 @@ class StructuredEngine(Engine):
             moments = field.trace(structure.lengthscale), field.total(structure.lengthscale)
             scale = term.variance / self._scale(term.name, *moments)
             spectrum = scale[..., None, None] * field.spectrum(structure.lengthscale)
-            return Part(spectrum=spectrum, diagonal=False, own=scale[..., None] * field.left_out(structure.lengthscale))
+            own = scale[..., None] * field.left_out(structure.lengthscale)
+            return Part(spectrum=spectrum, diagonal=False, own=own, blocks=tuple(field.slices))
         if isinstance(structure, Hadamard):
             columns = self.interaction(term.name)
             spectrum, own = columns.parts(structure)
@@ -242,36 +219,48 @@ class StructuredEngine(Engine):
             )
         return scale
 
-    def columns(self, terms: Sequence[Term]) -> tuple[Tensor, dict[str, slice]]:
-        """Columns Z (n, m) of all components, and where those of each stand."""
+    def columns(self, terms: Sequence[Term]) -> Columns:
+        """Columns of all components, side by side where sets of cells that never meet have their own."""
         key = tuple(term.name for term in terms)
         # a design is not of the engine's making: another response of the same cells may come with another one
         design = next((term for term in terms if term.name not in self._kernels), None)
         if key in self._columns and design is not None:
-            z, slots = self._columns[key]
+            known = self._columns[key].of(design.name)[1]
             now = self._phi(design)
-            if now is not None and not torch.equal(z[:, slots[design.name]], now):  # False where shapes differ, too
+            if now is not None and not torch.equal(known, now):  # False where shapes differ, too
                 del self._columns[key]
         if key not in self._columns:
-            phi, slots, width = [self.like.new_zeros(self.n, 0)], {}, 0
-            for term in terms:
-                own = self._phi(term)
-                if own is not None:
-                    phi.append(own)
-                    slots[term.name] = slice(width, width := width + own.shape[1])
-            # a single component's columns are taken as they are: a copy may be gigabytes
-            self._columns[key] = (phi[1] if len(phi) == 2 else torch.cat(phi, -1)), slots
+            label, fields = self._sets(terms)
+            if fields:
+                apart = {name: Apart(*self.field(name).by_block) for name in fields}
+                rest = {
+                    term.name: phi for term in terms if term.name not in fields and (phi := self._phi(term)) is not None
+                }
+                self._columns[key] = side_by_side(apart, rest, label, self.like)
+            else:
+                parts = {term.name: phi for term in terms if (phi := self._phi(term)) is not None}
+                self._columns[key] = together(parts, self.n, self.like)
         return self._columns[key]
+
+    def _sets(self, terms: Sequence[Term]) -> tuple[np.ndarray, list[str]]:
+        """Sets of cells (n,) that neither the tree nor a field connects, and the fields that are apart by them; none, if all meet."""
+        names = [term.name for term in terms if term.name in self._kernels]
+        fields = [name for name in names if isinstance(self._kernels[name], SpatialKernel)]
+        walks = [name for name in names if isinstance(self._kernels[name], LineageKernel)]
+        labels = [label for name in fields + walks if (label := self._kernels[name].independent()) is not None]
+        label = connect(labels, self.n)
+        return (label, fields) if fields and label.max() > 0 else (label, [])
 
     def prepare(self, terms: Sequence[Term]) -> StructuredPrior:
         parts = {term.name: self.part(term) for term in terms}
-        z, slots = self.columns(terms)
+        columns = self.columns(terms)
         batch = torch.broadcast_shapes(*(term.variance.shape for term in terms))
-        factor = self.like.new_zeros(*batch, z.shape[1], z.shape[1])
+        factor = self.like.new_zeros(*batch, columns.layout.total, columns.layout.total)
         own, walk = self.like.new_zeros(*batch, 1), None
         for name, part in parts.items():
             if part.spectrum is not None:
-                factor[..., slots[name], slots[name]] = square_root(part)
+                slot = columns.slots[name]
+                factor[..., slot, slot] = square_root(part)
             if part.own is not None:
                 own = own + part.own
             walk = part.walk or walk
@@ -289,15 +278,15 @@ class StructuredEngine(Engine):
         return StructuredPosterior(self, prepared, self.columns(terms), sites)
 
     def at(self, components: Sequence[Component], cells: np.ndarray) -> StructuredEngine:
-        return StructuredEngine(
-            components,
-            len(cells),
-            device=self.like.device,
-            dtype=self.like.dtype,
-            rank=self.rank,
-            ranges=self.ranges,
-            made=self._made,
-        )
+        return self._like(components, len(cells))
+
+    def _like(
+        self, components: Sequence[Component] | None = None, n: int | None = None, **changes: Any
+    ) -> StructuredEngine:
+        """The same settings, but for `changes`, for other components and cells or for these."""
+        settings = {"rank": self.rank, "ranges": self.ranges, "made": self._made, **changes}
+        of = (self._components, self.n) if components is None or n is None else (components, n)
+        return StructuredEngine(*of, device=self.like.device, dtype=self.like.dtype, **settings)
 
     def points_at_once(self, memory: float) -> int:
         return max(1, int(memory / self.bytes_per_point()))
@@ -342,7 +331,7 @@ class StructuredEngine(Engine):
             at = values.get(f"lengthscale_{name}", field.reference)
             left = float(field.left_out(self.like.new_tensor(at)).mean())
             found |= {f"rank_{name}": field.rank, f"covariance_error_{name}": field.errors[1]}
-            found[f"truncated_share_{name}"] = left
+            found |= {f"truncated_share_{name}": left, f"meets_tolerance_{name}": field.meets_tolerance}
             if left > DOUBTFUL_SHARE:
                 doubts.append(
                     f"{field.rank} columns for {name!r} leave {left:.1%} of its variance to the cells themselves, at length-scale "
@@ -389,5 +378,14 @@ def square_root(part: Part) -> Tensor:
         return torch.diag_embed(spectrum.sqrt())
     if part.root is not None:
         return part.root
+    if part.blocks is None or len(part.blocks) == 1:
+        return _symmetric_root(spectrum)
+    out = torch.zeros_like(spectrum)
+    for block in part.blocks:
+        out[..., block, block] = _symmetric_root(spectrum[..., block, block])
+    return out
+
+
+def _symmetric_root(spectrum: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(spectrum)
     return vectors * values.clamp(min=0.0).sqrt()[..., None, :]

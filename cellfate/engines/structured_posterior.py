@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cellfate.engines import elsewhere
 from cellfate.engines.base import Sites
-from cellfate.engines.lowrank import LowRankPosterior, inner
+from cellfate.engines.columns import Columns
+from cellfate.engines.lowrank import ROWS, LowRankPosterior
 from cellfate.kernels.base import Term
 from cellfate.trees.plan import TreePlan
 from cellfate.trees.sweeps import (
@@ -67,8 +68,8 @@ class Walk:
 class Part:
     """A component at a batch of points: steps along the tree, a spectrum over its columns, variances of single cells.
 
-    spectrum: (..., m) where it is `diagonal`, else (..., m, m), with a `root` where one is known; own: (..., n). All hold the component's variance and its
-    normalization.
+    spectrum: (..., m) where it is `diagonal`, else (..., m, m), with a `root` where one is known, of `blocks` that do not meet where
+    they are given; own: (..., n). All hold the component's variance and its normalization.
     """
 
     walk: Walk | None = None
@@ -76,11 +77,12 @@ class Part:
     own: Tensor | None = None
     diagonal: bool = True
     root: Tensor | None = None
+    blocks: tuple[slice, ...] | None = None
 
     def __getitem__(self, index: Tensor) -> Part:
         walk = None if self.walk is None else self.walk[index]
         spectrum = _pick(self.spectrum, 2 if self.diagonal else 3, index)
-        return Part(walk, spectrum, _pick(self.own, 2, index), self.diagonal, _pick(self.root, 3, index))
+        return Part(walk, spectrum, _pick(self.own, 2, index), self.diagonal, _pick(self.root, 3, index), self.blocks)
 
 
 def _pick(x: Tensor | None, ndim: int, index: Tensor) -> Tensor | None:
@@ -121,18 +123,18 @@ class StructuredPosterior(LowRankPosterior):
         self,
         engine: StructuredEngine,
         prior: StructuredPrior,
-        columns: tuple[Tensor, dict[str, slice]],
+        columns: Columns,
         sites: Sites,
     ) -> None:
         self.engine, self.prior = engine, prior
-        z, self._slots = columns
+        self._columns, self._slots = columns, columns.slots
         walk, precision = prior.walk, sites.precision
         self._factor: TreeFactor | Independent = Independent(prior.own, precision)
         self._marginals: TreeMarginals | None = None
         if walk is not None:
             self._factor = TreeFactor(walk.plan, walk.gain, walk.noise, prior.own, precision)
             self._marginals = self._factor.marginals()
-        self._join(z, prior.factor, sites)
+        self._join(columns.x, columns.layout, prior.factor, sites)
 
     # -- the cheap part ------------------------------------------------------------------------------------------------
 
@@ -260,25 +262,25 @@ class StructuredPosterior(LowRankPosterior):
     def _low_rank_pairs(self, omega: Tensor | None, weighted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of columns (V, X) with -tr(R dA)/2 + tr(R Omega R dA) = (what R_A gives) + sum of v_k' dA x_k."""
         tau = self._tau
-        gram = None if weighted is None else self._p.mT @ weighted @ self._p
+        turn = None if weighted is None else self._p @ (self._p.mT @ weighted @ self._p)
         for block, e in self._e():
             v = tau * e
-            if gram is None:
+            if turn is None:
                 yield v, 0.5 * v
                 continue
             assert omega is not None
             # in place: each of these is as long as the cells, and is met once a block
             x = self._part_residual(omega[..., None] * v).mul_(-2)
-            x += (self._y @ (self._p @ gram[..., block])).mul_(tau)
+            x += self._layout.turned(self._y, turn, block).mul_(tau)
             yield v, x.add_(v, alpha=0.5)
 
     def _spectrum_bar(self, pair: Tensor | None, weighted: Tensor | None) -> Tensor:
         """Derivative (..., m, m) in the spectrum of the columns."""
-        zb = inner(self._z, self.weights[..., None])
-        back = torch.eye(self._z.shape[-1], dtype=zb.dtype, device=zb.device) - self._p @ (self._p.mT @ self._gram)
+        zb = self._layout.inner(self._z, self.weights[..., None])
+        back = torch.eye(self._layout.total, dtype=zb.dtype, device=zb.device) - self._p @ (self._p.mT @ self._gram)
         bar = 0.5 * zb @ zb.mT - 0.5 * self._gram @ back
         if pair is not None:
-            bar = bar + inner(self._z, pair[..., None]) @ zb.mT
+            bar = bar + self._layout.inner(self._z, pair[..., None]) @ zb.mT
         if weighted is not None:
             bar = bar + back.mT @ weighted @ back
         return bar
@@ -291,25 +293,24 @@ class StructuredPosterior(LowRankPosterior):
             return self.prior.parts[term.name]
         return self.engine.part(term)
 
-    def _columns_of(self, term: Term) -> Tensor:
-        return self._z[:, self._slots[term.name]]
-
     def _term_times(self, term: Term, x: Tensor) -> Tensor:
         """K_term x."""
         part, out = self._part(term), torch.zeros_like(x)
         if part.walk is not None:
             out = out + part.walk.times(x)
         if part.spectrum is not None:
-            phi = self._columns_of(term)
-            along = inner(phi, x)
-            out = out + phi @ (part.spectrum[..., None] * along if part.diagonal else part.spectrum @ along)
+            layout, phi = self._columns.of(term.name)
+            along = layout.inner(phi, x)
+            along = part.spectrum[..., None] * along if part.diagonal else part.spectrum @ along
+            out = out + layout.times(phi, along)
         return out if part.own is None else out + part.own[..., None] * x
 
     def component_mean(self, term: Term) -> Tensor:
         if not any(term is own for own in self.prior.terms) or self._part(term).spectrum is None:
             return self._term_times(term, self.weights[..., None])[..., 0]
         # by the coefficients: K b has fewer digits where a prior is wide
-        mean = (self._columns_of(term) @ self._coefficients[..., self._slots[term.name], :])[..., 0]
+        layout, phi = self._columns.of(term.name)
+        mean = layout.times(phi, self._coefficients[..., self._slots[term.name], :])[..., 0]
         own = self._part(term).own
         return mean if own is None else mean + own * self.weights
 
@@ -326,20 +327,19 @@ class StructuredPosterior(LowRankPosterior):
             return within
         variance = torch.zeros_like(self.mean)
         if part.spectrum is not None:
-            phi, (_, covariance) = self._columns_of(term), self.coefficients(term)
-            variance = ((phi @ covariance) * phi).sum(-1)
+            layout, phi = self._columns.of(term.name)
+            variance = layout.bilinear(phi, self.coefficients(term)[1], layout, phi, ROWS)
         if part.own is not None:
             information = self._part_information()
             for _, e in self._e():
                 information = information - (tau * e).square().sum(-1)
             variance = variance + part.own - part.own.square() * information
             if part.spectrum is not None:
-                phi, slot = self._columns_of(term), self._slots[term.name]
+                (layout, phi), slot = self._columns.of(term.name), self._slots[term.name]
                 back = torch.eye(self._p.shape[-2]).to(phi) - self._p @ (self._p.mT @ self._gram)
                 spectrum = torch.diag_embed(part.spectrum) if part.diagonal else part.spectrum
-                cross = ((self._y @ (back[..., :, slot] @ spectrum)) * phi).sum(
-                    -1
-                )  # of R Z S with a cell's own columns
+                # of R Z S with a cell's own columns
+                cross = self._layout.bilinear(self._y, back[..., :, slot] @ spectrum, layout, phi, ROWS)
                 variance = variance - 2 * part.own * self.sites.precision * cross
         return variance
 
@@ -359,7 +359,8 @@ class StructuredPosterior(LowRankPosterior):
                 field = field + draw(walk.plan, walk.gain, walk.noise, normal(walk.plan.n_nodes))
             if part.spectrum is not None:
                 slot = self._slots[term.name]
-                field = field + self._z[:, slot] @ (self.prior.factor[..., slot, slot] @ normal(slot.stop - slot.start))
+                (layout, phi), root = self._columns.of(term.name), self.prior.factor[..., slot, slot]
+                field = field + layout.times(phi, root @ normal(slot.stop - slot.start))
             if part.own is not None:
                 field = field + part.own.sqrt()[..., None] * normal(self.engine.n)
             drawn[term.name] = field

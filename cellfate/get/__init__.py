@@ -3,6 +3,8 @@
 from cellfate.get.tables import (
     ancestors,
     associations,
+    calibration,
+    checks,
     comparison,
     components,
     correlations,
@@ -13,6 +15,8 @@ from cellfate.get.tables import (
     hyperparameters,
     marginal_effects,
     params,
+    predictions,
+    prior_sensitivity,
     responses,
     tests,
 )
@@ -20,6 +24,8 @@ from cellfate.get.tables import (
 __all__ = [
     "ancestors",
     "associations",
+    "calibration",
+    "checks",
     "comparison",
     "components",
     "correlations",
@@ -30,6 +36,8 @@ __all__ = [
     "hyperparameters",
     "marginal_effects",
     "params",
+    "predictions",
+    "prior_sensitivity",
     "responses",
     "tests",
 ]

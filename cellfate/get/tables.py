@@ -198,6 +198,59 @@ def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.TESTS, "test_components", "")
 
 
+def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Return what the checks of a fit found.
+
+    Needs :func:`cellfate.tl.check`. The residuals themselves are in `adata.obs[f"{key}_residual"]`.
+
+    Returns
+    -------
+    Columns `check`; `over`, ``"cells"``, ``"space"``, ``"tree"`` or ``"draws"``; `observed`; `expected` where the model is right, with
+    `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells), two-sided for what
+    is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole.
+    """
+    return _later(adata, key, _keys.CHECKS, "check", "")
+
+
+def predictions(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Return how well cells are predicted that were left out.
+
+    Needs :func:`cellfate.tl.check`.
+
+    Returns
+    -------
+    Columns `left_out`, ``"cell"``, ``"clade"`` or ``"region"``; `sets`, how many of them; `log_score`, the mean log predictive density of
+    a cell; and where the fate is yes or no `brier`, the mean squared error of the predicted probability, beside `brier_reference`, that
+    of the share over all cells.
+    """
+    return _later(adata, key, _keys.PREDICTIONS, "check", "")
+
+
+def calibration(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Return how often what was predicted with some probability was so; of fates that are yes or no.
+
+    Needs :func:`cellfate.tl.check`.
+
+    Returns
+    -------
+    Columns `left_out`, `predicted` (mean probability in a tenth of the range), `observed` (share), `cells` and `trials`.
+    """
+    return _later(adata, key, _keys.CALIBRATION, "check", "")
+
+
+def prior_sensitivity(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Return how far each share and variance leans on the priors of the hyperparameters.
+
+    Needs :func:`cellfate.tl.prior_sensitivity`.
+
+    Returns
+    -------
+    Columns `quantity`; `prior` and `likelihood`, the distance that its distribution moves per doubling of the power of the one and the
+    other, sensitive from 0.05 on; `diagnosis` in words.
+    """
+    return _later(adata, key, _keys.PRIOR_SENSITIVITY, "prior_sensitivity", "")
+
+
 def _later(adata: AnnData, key: str, name: str, tool: str, argument: str) -> pd.DataFrame:
     """A table that a tool adds to a fit."""
     if name not in _results(adata, key):

@@ -21,7 +21,7 @@ from cellfate.inference.arrays import check_single_cells, checked_priors, named_
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
-from cellfate.inference.predict import Ask, Draws, Predicted, predict
+from cellfate.inference.predict import Ask, Draws, Predicted, focused, predict
 from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
 from cellfate.inference.sites import RULES, Rule, Variational
 from cellfate.inference.variational_laplace import Status
@@ -185,7 +185,7 @@ class GLMM:
         try:
             model, engine, mode = locate(model, engine, self.rule)
             posterior = integrate(model, engine, self.rule, mode, generator(rng))
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise MemoryError(
@@ -237,7 +237,7 @@ class GLMM:
         model, engine, _ = self._problem
         rule = self.rule if method is None else _rule(method)
         at, points = model.from_natural(theta)
-        here = evaluate(model, engine, at, rule, tolerance=EXACT)
+        here = evaluate(model, focused(engine, at), at, rule, tolerance=EXACT)
         worst = Status(int(here.fit.status.max()))
         if worst is not Status.CONVERGED:
             warnings.warn(f"free energy: {worst.sentence}.", CellfateWarning, stacklevel=2)

@@ -212,7 +212,10 @@ def part_of(engine: StructuredEngine, component: Component, lengthscale: Tensor)
     points = len(lengthscale) if any(h.fixed is None for h in kernel.hyperparameters) else 1
     term = Term(component.name, kernel.structure(held, engine.like), engine.like.new_ones(points), kernel.normalized)
     part = engine.part(term)
-    return part, None if isinstance(kernel, LineageKernel) else engine.columns([term])[0]
+    if isinstance(kernel, LineageKernel):
+        return part, None
+    columns = engine.columns([term])
+    return part, columns.layout.dense(columns.x)
 
 
 @numba.njit(cache=True)

@@ -142,11 +142,11 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
         if cloud.fit(points):
             off = cloud.pareto_k > LARGEST_K
             while np.isfinite(cloud.error) and len(points.u) < most and (last or not off):
-                gaps, expected = cloud.gaps(fill, reach)
+                gaps, expected, weight = cloud.gaps(fill, reach)
                 filled.append(_evaluate(model, engine, rule, mode, gaps, rng))
                 points = _Points.join(drawn + filled)
                 if cloud.fit(points):
-                    cloud.tested(expected, filled[-1].log_posterior)
+                    cloud.tested(expected, weight, filled[-1].log_posterior)
                 # where points are few it may only show now, where they are many more of them mend it
                 off = model.data.n > LARGE and cloud.pareto_k > LARGEST_K
                 if cloud.error <= LARGEST_ERROR:
@@ -281,29 +281,30 @@ class _Cloud:
         covariance = (centered * self._weight[:, None]).T @ centered
         return mean, np.linalg.cholesky(covariance + 1e-2 * self._scale @ self._scale.T)
 
-    def tested(self, expected: np.ndarray, found: np.ndarray) -> None:
-        """Where points are few, also by what was `expected` of the last ones before it was `found`.
+    def tested(self, expected: np.ndarray, weight: np.ndarray, found: np.ndarray) -> None:
+        """Where points are few, the error is also by what was `expected` of the last ones, and what they would weigh, before they were
+        `found`.
 
-        They were gaps, and all others were known: leaving out some of few points asks more than is asked of the interpolant.
+        Leaving out some of few points asks more than is asked of the interpolant; five points that were gaps are few. Of the two the
+        root mean square.
         """
-        mass = self.mass[-len(found) :]
-        seen = mass > 0
-        if self._large and seen.any():
-            error = np.sqrt(np.average((found[seen] - expected[seen]) ** 2, weights=mass[seen]))
-            self.error = min(self.error, float(error))
+        if self._large:
+            square = np.where(np.isfinite(found), found - expected, DEEP) ** 2
+            self.error = float(np.sqrt((self.error**2 + np.average(square, weights=weight)) / 2))
 
-    def gaps(self, count: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
+    def gaps(self, count: int, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Points (count, d) that are far from every evaluated one, up to `reach`, weighed by what they would contribute.
 
-        With what is expected (count,) there of what is interpolated.
+        With what is expected (count,) there of what is interpolated, and their weights.
         """
         keep = (self._weight > 1e-4 * self._weight.max()) & (self._distance < max(reach, 1.001 * self._distance.min()))
-        z, weight, distance = self._z[keep], np.sqrt(self._weight[keep]), self._distance[keep]
+        z, whole, distance = self._z[keep], self._weight[keep], self._distance[keep]
+        weight = np.sqrt(whole)
         chosen = []
         for _ in range(count):
             chosen.append(int(np.argmax(weight * distance)))
             distance = np.minimum(distance, np.linalg.norm(z - z[chosen[-1]], axis=1))
-        return self._u[keep][chosen], self._found[keep, 0][chosen]
+        return self._u[keep][chosen], self._found[keep, 0][chosen], whole[chosen]
 
     def draws(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Equally weighted draws of hyperparameters (DRAWS, d) and fixed effects (DRAWS, p)."""
@@ -348,7 +349,7 @@ def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarra
             chunk = slice(done, done + size)
             try:
                 parts.append(_evaluate_chunk(model, engine, rule, mode, at[chunk], generators[chunk]))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if size == 1 or not out_of_memory(error):
                     raise
                 size = max(1, size // 2)  # points do not depend on their company

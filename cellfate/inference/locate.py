@@ -11,7 +11,7 @@ import torch
 
 from cellfate._runtime import logger
 from cellfate.engines.base import Engine
-from cellfate.inference.mode import PILOT_GAIN, Mode, find_mode
+from cellfate.inference.mode import PILOT_GAIN, Mode, find_mode, not_absent
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
@@ -32,6 +32,9 @@ Ranges = dict[str, tuple[float, float]]
 def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mode]:
     """The mode, with the model and the engine focused on it."""
     names = [p.name for p in model.parameters]
+    held = {field: (value, value) for field in engine.fields() if (value := model.held(f"lengthscale_{field}"))}
+    if held:
+        engine = engine.focus(held)
     fields = {f"lengthscale_{field}": field for field in engine.fields() if f"lengthscale_{field}" in names}
     if not fields:
         return model, engine, find_mode(model, engine, rule)
@@ -75,7 +78,7 @@ def _focused(
     logger.debug("length-scales within %s", limits)
     focused = model.within(limits)
     sharp = engine.focus({field: limits[name] for name, field in fields.items()}, information)
-    return focused, sharp, find_mode(focused, sharp, rule, start=_not_absent(model, u), curvature=known)
+    return focused, sharp, find_mode(focused, sharp, rule, start=not_absent(model, u), curvature=known)
 
 
 def _stage(
@@ -91,7 +94,7 @@ def _stage(
     some, limits = model.data.some(cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
-    mode = find_mode(thin, sharp, rule, start=_not_absent(model, u), gain=PILOT_GAIN)
+    mode = find_mode(thin, sharp, rule, start=not_absent(model, u), gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(mode.curvature.diagonal().cpu().numpy(), 1e-3, None))
     for i, parameter in enumerate(model.parameters):
         if parameter.name in sd and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
@@ -110,12 +113,6 @@ def _limits(model: Model, u: torch.Tensor, sd: dict[str, float]) -> Ranges:
             lower, upper = GRID * np.floor(lower / GRID), GRID * np.ceil(upper / GRID)
             out[parameter.name] = float(np.exp(max(low, lower))), float(np.exp(min(high, upper)))
     return out
-
-
-def _not_absent(model: Model, u: torch.Tensor) -> torch.Tensor:
-    """A component that the pilot's cells do not show must be able to come back: at zero its gradient is zero."""
-    floor = u.new_tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters])
-    return torch.maximum(u, floor)
 
 
 def _cut(model: Model, focused: Model, u: torch.Tensor, fields: dict[str, str]) -> list[str]:

@@ -143,7 +143,13 @@ def _fit_one(
         fit = glmm.fit(
             column, X, offset, trials=trials, terms=terms, levels=levels, response=name, rng=named_generator(seed, name)
         )
-    except (DataError, ArithmeticError, ValueError, RuntimeError) as error:  # linear algebra raises the last two
+    except (
+        DataError,
+        ArithmeticError,
+        ValueError,
+        RuntimeError,
+        MemoryError,
+    ) as error:  # linear algebra raises some of them
         logger.debug("%s failed", name, exc_info=True)
         return Failure(name, f"{type(error).__name__}: {error}" if not isinstance(error, DataError) else str(error))
     if levels is not None:

@@ -25,7 +25,7 @@ LARGE_GAIN = (
 )
 AGAIN = 0.3  # nats that a step by the curvature itself may still bring: above, the search goes on with that,
 LOOKS = 2  # so often at most
-PILOT_GAIN = 0.05  # the same, where a mode is only where to begin from
+PILOT_GAIN = 0.05  # nats that the last step may bring, where a mode is only where to begin from
 FEW, THIN = 8, 4  # where fewer points than FEW fit in memory, a start is sought on one of THIN cells
 SHAPES = (0.25, 0.75)  # where between its bounds a kernel's hyperparameter is tried too
 
@@ -105,10 +105,14 @@ def _start(model: Model, engine: Engine, rule: Rule) -> tuple[Tensor, Sites]:
     u = _ascend(thin, small, rule, *_start(thin, small, rule), PILOT_GAIN).u
     low, high = _bounds(model, u)
     u = torch.minimum(torch.maximum(u, low), high)
-    # a component that the thinned cells do not show must be able to come back: at zero its gradient is zero
-    floor = u.new_tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters])
-    u = torch.maximum(u, floor)
+    u = not_absent(model, u)
     return u, evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
+
+
+def not_absent(model: Model, u: Tensor) -> Tensor:
+    """A component that few of the cells do not show must be able to come back: at zero its gradient is zero."""
+    floor = u.new_tensor([0.3 * p.start if p.scale == "sd" else -torch.inf for p in model.parameters])
+    return torch.maximum(u, floor)
 
 
 def _bounds(model: Model, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ class _Point:
     @staticmethod
     def of(here: Evaluation) -> _Point:
         posterior = here.posterior
-        return _Point(float(here.free_energy), here.fit.sites, posterior.mean[0], posterior.variance[0].log())
+        return _Point(float(here.free_energy), here.fit.sites, posterior.mean[0], _log(posterior.variance[0]))
 
 
 def _ascend(
@@ -335,6 +339,11 @@ def _average_information(model: Model, here: Evaluation, u: Tensor) -> Tensor:
     return information + torch.diag(floor / unit.square())
 
 
+def _log(variance: Tensor) -> Tensor:
+    """Of a cell without prior variance, too: it does not move."""
+    return variance.clamp(min=torch.finfo(variance.dtype).tiny).log()
+
+
 def _derivatives(
     model: Model,
     engine: Engine,
@@ -363,7 +372,7 @@ def _derivatives(
         else:
             there = evaluate(model, engine, model.theta(part), rule, start=start, tolerance=LARGE_COARSE)
         means.append(there.posterior.mean)
-        variances.append(there.posterior.variance.log())
+        variances.append(_log(there.posterior.variance))
         del there
     m = (torch.cat(means) - here.mean) / step[:, None]
     v = (torch.cat(variances) - here.log_variance) / step[:, None]

@@ -54,10 +54,14 @@ def spread(draws: Draws, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def focused(engine: Engine, theta: Theta) -> Engine:
-    """The engine with its approximations made for these hyperparameters, where no fit has focused it."""
-    wide = [field for field in engine.fields() if field not in getattr(engine, "ranges", {})]
-    held = {field: theta.values[f"lengthscale_{field}"] for field in wide}
-    return engine.focus({field: (float(x.min()), float(x.max())) for field, x in held.items()}) if wide else engine
+    """The engine with its approximations made for these hyperparameters, where no fit has focused it on them."""
+    ranges, found = getattr(engine, "ranges", {}), {}
+    for field in engine.fields():
+        x = theta.values[f"lengthscale_{field}"]
+        low, high = float(x.min()), float(x.max())
+        if field not in ranges or low < ranges[field][0] or high > ranges[field][1]:
+            found[field] = low, high
+    return engine.focus(found) if found else engine
 
 
 @torch.no_grad()

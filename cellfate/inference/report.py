@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from cellfate.errors import CellfateWarning
-from cellfate.inference.hyperposterior import LARGEST_K, Hyperposterior
+from cellfate._runtime import warn
+from cellfate.inference.hyperposterior import LARGEST_K, USELESS, Hyperposterior
 from cellfate.inference.mode import Mode
 from cellfate.model.glmm import Model
 from cellfate.model.partition import summary
@@ -62,7 +61,11 @@ def diagnose(
         doubts.append(
             f"k-hat is {posterior.pareto_k:.2f}, above {LARGEST_K}: the intervals rest on few of the evaluated points"
         )
-    if posterior.interpolation_error > DOUBTFUL_ERROR:
+    if posterior.interpolation_error > USELESS:
+        doubts.append(
+            f"the log posterior is too rough to be interpolated between {posterior.evaluations} points, which are used alone"
+        )
+    elif posterior.interpolation_error > DOUBTFUL_ERROR:
         doubts.append(
             f"between evaluated points the log posterior is known to {posterior.interpolation_error:.2f} only: the intervals are "
             "rough"
@@ -76,7 +79,7 @@ def diagnose(
     if not np.isfinite(mode.free_energy) or not all(np.isfinite(x).all() for x in parts.values()):
         doubts.append("a result is not finite: do not use this fit")
     for doubt in doubts:
-        warnings.warn(doubt + ".", CellfateWarning, stacklevel=4)
+        warn(doubt + ".", stacklevel=4)
     correlation, verdict = _verdict(parts)
     return {
         "status": "; ".join(doubts) or "converged",

@@ -64,14 +64,13 @@ def _object(name: str, params: Mapping[str, Any], again: Mapping[str, Any]) -> A
 
 
 def modelling(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`cellfate.GLMM`, the device apart. Of the priors only that of the fixed effects still matters."""
+    """Arguments of :class:`cellfate.GLMM`, the device apart."""
     out = {name: str(params[name]).removeprefix("torch.") for name in ("link", "method", "engine", "dtype")}
-    beta = {name: prior for name, prior in priors_of(params).items() if name == "beta"}
     return {
         **out,
         "reml": bool(params["reml"]),
         "rank": int(params["rank"]) if "rank" in params else None,
-        "priors": beta or None,
+        "priors": priors_of(params) or None,
     }
 
 
@@ -86,7 +85,9 @@ def _prior(name: str, spec: Any) -> Any:
         return spec
     made = re.fullmatch(r"([A-Za-z]+)\((.*)\)", spec)
     if made:
-        kind = "lognormal" if made[1] == "LogNormal" else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", made[1]).lower()
+        kind = {"LogNormal": "lognormal", "Penalised": "pc"}.get(made[1]) or re.sub(
+            r"(?<=[a-z])(?=[A-Z])", "_", made[1]
+        ).lower()
         spec = f"({kind!r}, {re.sub(r'[a-z_]+=', '', made[2])})"
     try:
         return ast.literal_eval(re.sub(r"np\.float64\((.*?)\)", r"\1", spec))

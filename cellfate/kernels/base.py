@@ -1,8 +1,8 @@
 """What a kernel is: hyperparameters in, the structure of a covariance out.
 
-There are four structures. Steps along a tree and a stationary field know their covariance entry by entry; a basis is a low-rank
-product; a diagonal is what each cell has for itself. What can be asked of a sum of them is an engine's business. A kernel also says which cells it can make dependent, so that
-an engine can keep independent specimens apart.
+A structure knows its covariance entry by entry (steps along a tree, a stationary field, a product of two, what each cell has for
+itself), or is a basis, a low-rank product. What can be asked of a sum of them is an engine's business. A kernel also says which cells
+it can make dependent, so that an engine can keep independent specimens apart.
 """
 
 from __future__ import annotations

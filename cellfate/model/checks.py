@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
-from cellfate.errors import CellfateWarning, DataError, unknown
+from cellfate._runtime import warn
+from cellfate.errors import DataError, unknown
 from cellfate.model.catalog import concrete, get_family
 from cellfate.model.families import Family
 from cellfate.model.glmm import FIXED, RESIDUAL
@@ -147,10 +147,9 @@ def check_both_sides(
 def warn_of_two_values(y: np.ndarray, label: str, family: str) -> None:
     """Zeros and ones are counts too, but hardly ever meant as such."""
     if not (y > 1).any():
-        warnings.warn(
+        warn(
             f"{label} holds only 0 and 1, fitted as counts by family={family!r}. For a yes or no use "
             "family='bernoulli'.",
-            CellfateWarning,
             stacklevel=5,
         )
 
@@ -176,11 +175,10 @@ def check_one_each(label: str, kind: str, trials: np.ndarray | None, remedy: str
 def warn_of_two_dispersions(label: str, family: str, *, stacklevel: int = 5) -> None:
     """An effect of each cell and the dispersion of the negative binomial are two names of one thing."""
     if family == "negative_binomial":
-        warnings.warn(
+        warn(
             f"{label} an effect of its own for every cell, which takes up the same variation as the dispersion of the negative "
             "binomial: the two cannot be told apart, and the priors decide between them. Use family='poisson' with it, or leave it "
             "out.",
-            CellfateWarning,
             stacklevel=stacklevel,
         )
 

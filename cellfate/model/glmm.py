@@ -320,6 +320,10 @@ class Model:
             total = total + parameter.log_density(u[:, i])
         return total
 
+    def held(self, name: str) -> float | None:
+        """The value at which a hyperparameter is held; None of one that is estimated."""
+        return self._fixed.get(name)
+
     def start(self) -> Tensor:
         """Where the search for the mode begins (d,)."""
-        return torch.tensor([p.coordinate(p.start) for p in self.parameters], dtype=self.data.offset.dtype)
+        return self.data.offset.new_tensor([p.coordinate(p.start) for p in self.parameters])

@@ -56,25 +56,8 @@ class FieldBasis:
         return sum(block.phi.shape[1] for block in self.blocks)
 
     @property
-    def error(self) -> float:
-        return max(self.errors)
-
-    @property
     def meets_tolerance(self) -> bool:
         return self.truncated_share[1] <= self.tolerance
-
-    @property
-    def verdict(self) -> str:
-        """What the basis misses, in a sentence, and what to do where that is more than the tolerance."""
-        middle = self.reference
-        short, typical, _ = self.truncated_share
-        said = (
-            f"{self.rank} columns leave {typical:.1%} of the field's variance to the cells themselves at length-scale {middle:.3g}, "
-            f"{short:.1%} at the lower bound {self.lower:.3g}"
-        )
-        if self.meets_tolerance:
-            return f"{said}."
-        return f"{said}: more than {self.tolerance:.1%}. Allow more columns, raise the lower bound, or use the dense engine."
 
     @property
     def whole(self) -> bool:
@@ -87,6 +70,11 @@ class FieldBasis:
         ends = np.cumsum([0] + [block.phi.shape[1] for block in self.blocks])
         return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
+    @property
+    def by_block(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Cells (n_s,) of each specimen, and its columns (n_s, m_s)."""
+        return tuple(block.cells for block in self.blocks), tuple(block.phi for block in self.blocks)
+
     @cached_property
     def phi(self) -> Tensor:
         """All columns (n, m): zero outside of a column's specimen."""
@@ -98,29 +86,13 @@ class FieldBasis:
         return out
 
     def spectrum(self, lengthscale: Tensor) -> Tensor:  # (...) -> (..., m, m)
-        """S(l), block by specimen; positive semidefinite up to the interpolation's error, see `factor`."""
+        """S(l), block by specimen; positive semidefinite up to the error of the interpolation, `ENTRIES` of its trace."""
         if self.whole:
             return self.blocks[0].series(lengthscale)
         out = self.like.new_zeros(*lengthscale.shape, self.rank, self.rank)
         for block, columns in zip(self.blocks, self.slices, strict=True):
             out[..., columns, columns] = block.series(lengthscale)
         return out
-
-    jitter = 1e-9
-
-    def factor(self, lengthscale: Tensor) -> Tensor:  # (...) -> (..., m, m)
-        """Lower triangular F with `F F' = S(l) + jitter tr(S_s) I`, by specimen s.
-
-        Interpolation may leave S indefinite by `ENTRIES` of its trace. The jitter outweighs it; it adds about `jitter * m` to a
-        cell's variance.
-        """
-        spectrum = self.spectrum(lengthscale)
-        trace = spectrum.new_zeros(spectrum.shape[:-1])
-        diagonal = spectrum.diagonal(dim1=-2, dim2=-1)
-        for columns in self.slices:
-            trace[..., columns] = diagonal[..., columns].sum(-1, keepdim=True)
-        jitter = max(self.jitter, 10 * torch.finfo(spectrum.dtype).eps)
-        return torch.linalg.cholesky(spectrum + torch.diag_embed(jitter * trace))
 
     def captured(self, lengthscale: Tensor) -> Tensor:  # (...) -> (..., n)
         """diag(phi S(l) phi'): what the columns give of each cell's variance of 1."""
@@ -188,7 +160,7 @@ def field_basis(
     """Columns for a stationary field whose length-scale lies within `lower` and `upper`.
 
     Coordinates (n, d); `correlation` of the ratio d / l; `specimen` (n,) are codes of independent fields. The rank is the smallest
-    multiple of 32, at most `most`, that leaves out no more than `tolerance` of the variance at the reference between the
+    multiple of 32, at most `most` for each specimen, that leaves out no more than `tolerance` of the variance at the reference between the
     bounds; or `rank` as given. Where a cell's own data say so much of the field, `information` (variance of the field times the
     precision of a cell's data), that a truncated direction would count for more, it is larger still, up to `FINE` columns. Specimens share it: the pooled leading eigenvalues are taken. Up to `landmarks` distinct
     positions and with as many columns, the basis is exact; beyond, four landmarks a column are enough, and fewer are faster.

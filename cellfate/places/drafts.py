@@ -18,6 +18,7 @@ RESOLVED = (
 STEP = 32  # the rank is a multiple
 NATS = 0.05  # that truncated directions may cost of the log evidence: half of what the log evidence then errs by
 FINE = 1024  # columns up to which more are taken for it
+ALL = 3072  # columns of all specimens
 BLENDED = 4  # length-scales between the bounds whose covariances are blended
 CHUNK = 2**20  # entries of a covariance at a time: they stay in cache, and memory is columns, not landmarks
 
@@ -232,13 +233,15 @@ def shared_rank(
         return []
     where = torch.cat([draft.values for draft in drafts]).argsort(descending=True, stable=True)
     ordered = torch.cat([draft.captured for draft in drafts])[where]
+    given = rank
     if rank is None:
         missed = 1 - ordered.cumsum(0) / n
         enough = int((missed > tolerance).sum()) + 1
         # the log evidence of a direction of variance x, in units of the noise, errs by about x^2 / 4 where it is given to the cells
         lost = (information * ordered).square().flip(0).cumsum(0).flip(0) / 4
         fine = min(int((lost > NATS**2).sum()) + 1, FINE)
-        rank = min(STEP * math.ceil(max(enough, fine) / STEP), most)
+        # of one specimen no more than `most`: columns of others are not beside them
+        rank = min(STEP * math.ceil(max(enough, fine) / STEP), max(most, min(most * len(drafts), ALL)))
     owner = torch.cat([torch.full((len(draft.values),), i) for i, draft in enumerate(drafts)])
     kept = torch.bincount(owner[where.cpu()[:rank]], minlength=len(drafts))
-    return [int(k) for k in kept]
+    return [min(int(k), most) for k in kept] if given is None else [int(k) for k in kept]

@@ -37,7 +37,8 @@ class LogChebyshev:
 
     def weights(self, lengthscale: Tensor, order: int) -> Tensor:  # (..., order)
         """Chebyshev polynomials by their recurrence: unlike cos(k arccos x) it has a derivative at the bounds too."""
-        inside = (lengthscale >= self.lower * (1 - 1e-9)) & (lengthscale <= self.upper * (1 + 1e-9))
+        slack = max(1e-9, 8 * torch.finfo(lengthscale.dtype).eps)  # a bound that went through its logarithm
+        inside = (lengthscale >= self.lower * (1 - slack)) & (lengthscale <= self.upper * (1 + slack))
         if not bool(inside.all()):
             outside = lengthscale.detach()[~inside].flatten()[0].item()
             raise ValueError(

@@ -1,6 +1,7 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
 from cellfate.tl.associate import associate
+from cellfate.tl.check import check
 from cellfate.tl.compare import compare
 from cellfate.tl.component_tests import test_components
 from cellfate.tl.correlate import correlate
@@ -8,14 +9,17 @@ from cellfate.tl.decompose import decompose
 from cellfate.tl.marginal_effects import marginal_effects
 from cellfate.tl.mundlak import mundlak
 from cellfate.tl.predict import predict
+from cellfate.tl.prior_sensitivity import prior_sensitivity
 
 __all__ = [
     "associate",
+    "check",
     "compare",
     "correlate",
     "decompose",
     "marginal_effects",
     "mundlak",
     "predict",
+    "prior_sensitivity",
     "test_components",
 ]

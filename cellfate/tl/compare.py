@@ -13,7 +13,7 @@ from cellfate._runtime import SeedLike, generator, logger
 from cellfate.errors import DataError
 from cellfate.inference.fit import GLMM
 from cellfate.inference.loo import error_of, leave_one_out
-from cellfate.io.again import OBJECTS, priors_of
+from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.store import write_table
 from cellfate.kernels.base import Component
@@ -139,8 +139,7 @@ def _models(fit: Fitted, interaction: bool) -> dict[str, list[Component]]:
 def _fit(fit: Fitted, components: Sequence[Component], rng: np.random.Generator) -> tuple[GLMM, Any]:
     glmm, cells = fit.glmm, fit.cells
     names = [c.name for c in components]
-    gone = [c.name for c in glmm.components if c.name not in names]
-    priors = {name: p for name, p in priors_of(fit.params).items() if not _belongs(name, gone)}
+    priors = fit.priors_among(names)
     if names == [NONE]:
         priors[f"sd_{NONE}"] = ("fixed", NOTHING)
     options: Mapping[str, Any] = {"link": glmm.family.link, "method": glmm.rule.name, "rank": glmm.rank}
@@ -158,11 +157,6 @@ def _fit(fit: Fitted, components: Sequence[Component], rng: np.random.Generator)
         rng=rng,
     )
     return other, found
-
-
-def _belongs(prior: str, components: Sequence[str]) -> bool:
-    """Whether a prior is of a component that is not there."""
-    return any(prior.endswith(f"_{name}") or f"_{name}:" in prior for name in components)
 
 
 def _table(table: pd.DataFrame, each: Mapping[str, np.ndarray]) -> pd.DataFrame:

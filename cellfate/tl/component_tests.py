@@ -142,9 +142,9 @@ def _goes_by(component: Any, name: str) -> bool:
 
 def _null(fit: Fitted, rest: Sequence[Any]) -> tuple[Null, Any]:
     glmm, cells = fit.glmm, fit.cells
-    beta = {name: prior for name, prior in glmm.priors.items() if name == "beta"}
+    priors = fit.priors_among([c.name for c in rest])
     options = {"link": glmm.family.link, "method": glmm.rule.name, "engine": glmm.engine_name, "rank": glmm.rank}
-    other = GLMM(glmm.family.name, rest, priors=beta, device=glmm.device, dtype=glmm.dtype, **options)  # type: ignore[arg-type]
+    other = GLMM(glmm.family.name, rest, priors=priors, device=glmm.device, dtype=glmm.dtype, **options)  # type: ignore[arg-type]
     other.on(
         cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=cells.response_name
     )

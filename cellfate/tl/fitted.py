@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,15 @@ class Fitted:
     mode: dict[str, float]
     params: dict[str, Any]
     arguments: dict[str, Any]
+
+    def priors_among(self, components: Sequence[str]) -> dict[str, Any]:
+        """The priors of the fit that are of a model with these components only."""
+        gone = [c.name for c in self.glmm.components if c.name not in components]
+        return {
+            name: prior
+            for name, prior in self.glmm.priors.items()
+            if not any(name.endswith(f"_{c}") or f"_{c}:" in name for c in gone)
+        }
 
 
 def fitted(

@@ -1,8 +1,8 @@
 """The compiled twin of :mod:`cellfate.trees.sweeps`: one pass over the tree per sweep, each row touched while it is warm.
 
 Kernels are plain compiled loops over one batch entry and one block of columns. They release the interpreter's lock, and
-ordinary threads run them (`torch.get_num_threads()`): no threading layer that a fork or a second caller could break. Blocks do
-not depend on the number of threads, and neither do results.
+ordinary threads run them (`torch.get_num_threads()`): no threading layer that a fork or a second caller could break. Every number is
+made by the same operations in the same order whatever the number of threads.
 """
 
 from __future__ import annotations

@@ -247,5 +247,5 @@ def test_pairs_in_few_columns():
     """Two for each level, in the structured engine too."""
     model = paired()
     engine = StructuredEngine(model.components, model.data.n, **CPU, rank=5)
-    _, slots = engine.columns(model.terms(model.theta(points(model))))
+    slots = engine.columns(model.terms(model.theta(points(model)))).slots
     assert slots["batch"].stop - slots["batch"].start == 2 * 3

@@ -8,6 +8,7 @@ import torch
 
 import cellfate as cf
 from cellfate.engines.base import Sites
+from cellfate.engines.columns import Apart, side_by_side, together
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import DataError
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient
@@ -131,7 +132,12 @@ def test_effects_of_single_cells_and_groups_as_dense():
     engine = structured(components, n)
     model = replace(model, components=components)
     compare(model)
-    assert engine.columns(model.terms(model.theta(points(model))))[1].keys() == {"spatial", "clutch", "batch", "fixed"}
+    assert engine.columns(model.terms(model.theta(points(model)))).slots.keys() == {
+        "spatial",
+        "clutch",
+        "batch",
+        "fixed",
+    }
 
 
 def test_without_a_tree_and_without_a_field():
@@ -251,3 +257,87 @@ def test_another_design_over_the_same_cells_is_seen():
     for x in (*designs, designs[0][:, :1]):
         again = cf.GLMM("gaussian", kernels, engine="dense").evaluate(theta, y, x).free_energy
         assert kept.evaluate(theta, y, x).free_energy == pytest.approx(again, rel=1e-10)
+
+
+def test_columns_of_specimens_stand_side_by_side():
+    """As wide as those of one specimen, and the same answers as with zeros in between."""
+    model, _ = small_problem("poisson", seed=4)
+    engine = structured(model.components, model.data.n, rank=30)
+    terms = model.terms(model.theta(points(model)))
+    columns = engine.columns(terms)
+    field = engine.field("spatial")
+    assert len(field.blocks) > 1
+    assert not columns.layout.is_whole
+    common = sum(columns.slots[name].stop - columns.slots[name].start for name in columns.slots if name != "spatial")
+    assert columns.x.shape[1] == max(block.phi.shape[1] for block in field.blocks) + common
+    assert columns.layout.total == field.rank + common
+    dense = columns.layout.dense(columns.x)
+    torch.testing.assert_close(dense[:, columns.slots["spatial"]], field.phi)
+
+    plain = structured(model.components, model.data.n, rank=30)
+    plain._columns[tuple(t.name for t in terms)] = together(
+        {name: dense[:, slot] for name, slot in columns.slots.items()}, model.data.n, engine.like
+    )
+    found, wanted = (
+        evaluate_with_gradient(model, e, points(model), RULES["variational"](), tolerance=EXACT)
+        for e in (engine, plain)
+    )
+    close(found.free_energy, wanted.free_energy, 1e-11)
+    close(found.gradient, wanted.gradient, 1e-10)
+    a, b = found.posterior, wanted.posterior
+    close(a.variance, b.variance, 1e-11)
+    weight = double(np.random.default_rng(0).normal(size=(3, model.data.n, 1)))
+    close(a.smooth_squared(weight), b.smooth_squared(weight), 1e-11)
+    for s, t in zip(found.terms, wanted.terms, strict=True):
+        close(a.component_variance(s), b.component_variance(t), 1e-11)
+        close(a.component_mean(s), b.component_mean(t), 1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layouts_against_the_columns_with_their_zeros(seed):
+    rng = np.random.default_rng(seed)
+    n, label = 40, rng.permutation(np.repeat(np.arange(4), 10))
+    cells = [torch.as_tensor(np.flatnonzero(label == s)) for s in (0, 2, 3)]  # one set has no columns of its own
+    phi = [double(rng.normal(size=(10, m))) for m in (3, 5, 1)]
+    field = Apart(tuple(cells), tuple(phi))
+    common = {"batch": double(rng.normal(size=(n, 2))), "fixed": double(rng.normal(size=(n, 1)))}
+    columns = side_by_side({"field": field}, common, label, double(0.0))
+    layout, x, whole = columns.layout, columns.x, columns.layout.dense(columns.x)
+    assert (layout.total, layout.width) == (12, 8)
+    y = double(
+        rng.normal(size=(2, n, 8))
+    )  # what is computed from the columns has a batch, and nothing where they have no place
+    for own in layout.sets:
+        gone = torch.ones(8, dtype=torch.bool)
+        gone[own.places] = False
+        y[:, own.rows[:, None], torch.nonzero(gone)[:, 0]] = 0
+    wide = torch.stack([layout.dense(part) for part in y])
+    q = double(rng.normal(size=(2, 12, 12)))
+    weight = double(rng.normal(size=(2, n)))
+    close(layout.times(y, q), wide @ q, 1e-13)
+    close(layout.inner(y, q[:, :1].mT.repeat(1, 4, 1)[:, :n]), wide.mT @ q[:, :1].mT.repeat(1, 4, 1)[:, :n], 1e-13)
+    close(layout.gram(x), whole.mT @ whole, 1e-13)
+    close(layout.gram(y, weight, 7), wide.mT @ (weight[..., None] * wide), 1e-13)
+    close(layout.bilinear(y, q, layout, x, 7), ((wide @ q) * whole).sum(-1), 1e-13)
+    own, part = columns.of("field")
+    close(own.bilinear(part, q[:, :9, :9], own, part, 7), ((whole[:, :9] @ q[:, :9, :9]) * whole[:, :9]).sum(-1), 1e-13)
+    turned = torch.cat([layout.turned(x, q, block) for block in layout.blocks(3)], -1)
+    for s in range(4):
+        here = layout.sets[s]
+        close(turned[:, here.rows][..., here.places], (whole @ q)[:, here.rows][..., here.columns], 1e-13)
+
+
+@pytest.mark.parametrize("lengthscale", [0.05, 30.0])
+@pytest.mark.filterwarnings("ignore::cellfate.errors.CellfateWarning")
+def test_a_lengthscale_that_a_prior_holds(lengthscale):
+    """Outside of what the data say of length-scales, too: columns are made for it."""
+    rng = np.random.default_rng(0)
+    field, y = Matern32(rng.random((60, 2)) * 5), rng.normal(size=60)
+    found = []
+    for engine in ("dense", "structured"):
+        held = {"lengthscale_spatial": ("fixed", lengthscale)}
+        glmm = cf.GLMM(
+            "gaussian", {"spatial": field}, priors=held, engine=engine, rank=60 if engine == "structured" else None
+        )
+        found.append(glmm.fit(y, np.ones((60, 1)), rng=0).free_energy)
+    assert found[0] == pytest.approx(found[1], abs=2e-3)

@@ -188,3 +188,22 @@ def test_a_star_of_sisters_is_fitted_beside_a_field():
     assert mode.converged
     assert np.isfinite(mode.free_energy)
     assert FIXED not in mode.at_bound
+
+
+@pytest.mark.parametrize("engine", ["dense", "structured"])
+def test_a_cell_without_prior_variance(engine):
+    """Two leaves at the root itself: whatever the variances, their effect is zero, and everything else is as ever."""
+    n, rng = 40, np.random.default_rng(0)
+    text = (
+        f"(c0:0,c1:0,({','.join(f'c{i}:1' for i in range(2, 20))}):1,({','.join(f'c{i}:1' for i in range(20, n))}):1);"
+    )
+    forest = to_forest(text)
+    tree = Brownian(forest, forest.nodes_of([f"c{i}" for i in range(n)]))
+    y = (rng.random(n) < np.where(np.arange(n) < 20, 0.2, 0.8)).astype(float)
+    fit = cf.GLMM("bernoulli", {"lineage": tree}, engine=engine).fit(y, rng=0)
+    assert np.isfinite(fit.log_evidence)
+    assert fit.diagnostics["interpolation_error"] < 1
+    mean, sd = fit.effects["lineage"]
+    np.testing.assert_allclose(mean[:2], 0, atol=1e-12)
+    np.testing.assert_allclose(sd[:2], 0, atol=1e-6)
+    assert sd[2:].min() > 0.1
