@@ -2,6 +2,7 @@
 
 from cellfate.pl.effects import effects
 from cellfate.pl.posterior import posterior
+from cellfate.pl.residuals import residuals
 from cellfate.pl.variance_shares import variance_shares
 
-__all__ = ["effects", "posterior", "variance_shares"]
+__all__ = ["effects", "posterior", "residuals", "variance_shares"]

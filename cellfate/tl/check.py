@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def check(
 
     Residuals are randomized quantile residuals (Dunn & Smyth 1996) of each cell as it is predicted from all others: standard normal
     where the model is right, whatever the family. Moran's I of them, over the six nearest cells and over the closest relatives, is held
-    against random orders of the cells: what is left of a pattern there, the model has missed. Posterior predictive checks compare the
+    against random orders of the cells: what is left of a pattern there, the model has missed. A fit without neighborhood is checked for one
+    too, where there are coordinates in `adata.obsm["spatial"]`. Posterior predictive checks compare the
     fates with fates drawn again from the fit. Whole clades and whole regions are predicted from the rest of the cells, which is harder
     than a single cell among its kin, and what a fate of a new clone or a new section would be like.
 
@@ -111,12 +113,13 @@ def check(
     values = model.from_draws(fit.draws)
     chosen = spread(values, int(draws), stream) if values else np.zeros(1, dtype=np.int64)
     theta, points = model.from_natural({name: x[chosen] for name, x in values.items()})
-    sets = _sets(fit.cells, int(folds))
+    cells = _with_places(adata, fit.cells)
+    sets = _sets(cells, int(folds))
     found = checks.check(model, focused(engine, theta), fit.glmm.rule, theta, points, sets, EACH, stream)
     residuals = checks.quantile_residuals(found.predicted[checks.CELL], stream)
     y, count = fit.cells.response, fit.cells.trials
     tables = {
-        _keys.CHECKS: _checks(residuals, y, found.replicates, _vicinities(fit.cells), int(n_perm), stream),
+        _keys.CHECKS: _checks(residuals, y, found.replicates, _vicinities(cells), int(n_perm), stream),
         _keys.PREDICTIONS: _predictions(found.predicted, sets, y, count, family.kind),
     }
     if family.kind in PROBABILITIES:
@@ -131,6 +134,14 @@ def check(
     column[fit.cells.kept] = residuals
     adata.obs[_keys.residual(key)] = column
     return adata if copy else None
+
+
+def _with_places(adata: AnnData, cells: Cells) -> Cells:
+    """A model without neighborhood is checked for one, too, where the cells have coordinates."""
+    if cells.coordinates is not None or _keys.SPATIAL not in adata.obsm:
+        return cells
+    found = np.asarray(adata.obsm[_keys.SPATIAL], dtype=np.float64)[cells.kept]
+    return replace(cells, coordinates=found) if np.isfinite(found).all() else cells
 
 
 def _sets(cells: Cells, folds: int) -> dict[str, np.ndarray]:
