@@ -97,9 +97,10 @@ def choose(
             name = "dense"
     if name == "structured":
         structured = StructuredEngine(components, n, device=device, dtype=dtype, rank=rank)
-        if structured.bytes_per_point() > free:
+        needed = structured.bytes_shared() + structured.bytes_per_point()
+        if needed > free:
             raise DataError(
-                f"{n} cells with {structured.width()} columns need {structured.bytes_per_point() / 2**30:.1f} GiB, and "
+                f"{n} cells with {structured.width()} columns need {needed / 2**30:.1f} GiB, and "
                 f"{free / 2**30:.1f} GiB are at hand on {device}. Give a smaller `rank`, fewer cells, or a larger machine."
             )
         return structured, f"structured: {n} cells in {blocks} of {largest}, {reason}"

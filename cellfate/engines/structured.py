@@ -308,6 +308,10 @@ class StructuredEngine(Engine):
                 total += structure.phi.shape[1] if isinstance(structure, Basis) else 0
         return total
 
+    def bytes_shared(self) -> float:
+        """Memory of the columns: a field's own, and those of all components beside each other."""
+        return 2.0 * self.n * self.width() * self.like.element_size()
+
     def bytes_per_point(self) -> float:
         """Memory that one hyperparameter point needs beside what all share."""
         m, nodes = self.width(), 0 if self.plan is None else self.plan.n_nodes

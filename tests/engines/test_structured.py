@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cellfate as cf
+from cellfate.engines import lowrank
 from cellfate.engines.base import Sites
 from cellfate.engines.columns import Apart, side_by_side, together
 from cellfate.engines.structured import StructuredEngine
@@ -341,3 +342,33 @@ def test_a_lengthscale_that_a_prior_holds(lengthscale):
         )
         found.append(glmm.fit(y, np.ones((60, 1)), rng=0).free_energy)
     assert found[0] == pytest.approx(found[1], abs=2e-3)
+
+
+def test_gradients_with_squares_that_are_estimated(monkeypatch):
+    """By a few random vectors where cells are many: without bias, and near for sums over cells."""
+    model, _ = small_problem("bernoulli", seed=5)
+    engine, u = structured(model.components, model.data.n), points(model, count=1)
+    exact = evaluate_with_gradient(model, engine, u, RULES["variational"](), tolerance=EXACT)
+    monkeypatch.setattr(lowrank, "ESTIMATE", 10)
+    found = evaluate_with_gradient(model, engine, u, RULES["variational"](), tolerance=EXACT)
+    close(found.free_energy, exact.free_energy, 1e-12)
+    assert float((found.gradient - exact.gradient).abs().max()) > 0  # it is an estimate
+    close(found.gradient, exact.gradient, 0.02)
+    x = double(np.random.default_rng(0).normal(size=(1, model.data.n, 1)))
+    monkeypatch.setattr(lowrank, "ESTIMATE", 10**9)
+    wanted = exact.posterior.smooth_squared(x)
+    monkeypatch.setattr(lowrank, "ESTIMATE", 10)
+    monkeypatch.setattr(lowrank, "PROBES", 4000)
+    many = engine.condition(exact.terms, exact.fit.sites).smooth_squared(x)
+    spread = float((many - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+    assert spread < 0.1  # 1 / sqrt(4000) times a few: products of entries that are no larger than variances
+
+
+def test_responses_share_the_columns_of_a_window():
+    model, _ = small_problem("poisson")
+    shared = structured(model.components, model.data.n, rank=8).shared()
+    one, two = (shared.focus({"spatial": BOUND}) for _ in range(2))
+    assert one.field("spatial") is two.field("spatial")
+    assert shared.focus({"spatial": (0.4, 1.3)}).field("spatial") is not one.field("spatial")
+    alone = structured(model.components, model.data.n, rank=8)
+    torch.testing.assert_close(alone.field("spatial").phi, one.field("spatial").phi, rtol=0, atol=0)
