@@ -7,7 +7,10 @@ Pieces, on the problem `both` (binary fate, tree and space):
 
     fit        a whole fit with intervals
     evaluate   one free energy at the true hyperparameters, site updates until they settle
-    update     one update: the Gaussian posterior given sites (mean, variances, log-determinant) at the true hyperparameters
+    update     one update: the Gaussian posterior given sites (mean, variances, log-determinant) at the true hyperparameters; `error`
+               is how far its mean is from the equations that it solves, m = K b and b = tau (ytilde - m), relative
+    gram       the product of the whitened columns with themselves, most of an update: its rate, and what part it is of the machine's
+               own in a product of square matrices, in float64
 
 Each size in a process of its own. The first evaluation, which builds the basis and compiles, is not on the clock; of an evaluation
 and an update the least of `--repeats` counts. The slope is the least-squares line through log seconds over log cells.
@@ -30,7 +33,8 @@ import pandas as pd
 from machine import forget_peak, machine, peak_mib, set_threads, table, thread_environment
 from problems import EXTENT, make
 
-PIECES = ("fit", "evaluate", "update")
+PIECES = ("fit", "evaluate", "update", "gram")
+SQUARE = 4096  # of the product that tells the machine's rate
 SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 COLOR = "#0072B2"
 
@@ -55,6 +59,7 @@ def piece(options: argparse.Namespace, n: int) -> dict[str, Any]:
 
     import cellfate as cf
     from cellfate.engines.base import Sites
+    from cellfate.engines.columns import Layout
 
     threads = set_threads(options.threads)
     rank = {} if options.rank is None else {"rank": options.rank}
@@ -85,6 +90,17 @@ def piece(options: argparse.Namespace, n: int) -> dict[str, Any]:
             row["status"] = model.evaluate(problem.truth, problem.y, problem.design).status  # builds; data is kept
             forget_peak()
             spent = least(lambda: model.evaluate(problem.truth), options.repeats, options.device)
+        elif options.piece == "gram":
+            device = cf.GLMM(problem.family, problem.kernels(), device=options.device).device
+            columns = torch.randn(n, options.rank or 256, dtype=torch.float64, device=device)
+            square = torch.randn(SQUARE, SQUARE, dtype=torch.float64, device=device)
+            layout = Layout.whole(columns.shape[1])
+            forget_peak()
+            spent = least(lambda: layout.gram(columns), options.repeats, options.device)
+            whole, _ = least(lambda: square @ square, options.repeats, options.device)
+            row["gflops"] = 2e-9 * n * columns.shape[1] ** 2 / spent[0]
+            row["status"] = "measured"
+            row["share_of_machine"] = row["gflops"] / (2e-9 * SQUARE**3 / whole)
         else:
             inner, engine, _ = model._build(problem.y, problem.design, None, None, None)
             terms = inner.terms(inner.from_natural(problem.truth)[0])
@@ -100,6 +116,11 @@ def piece(options: argparse.Namespace, n: int) -> dict[str, Any]:
             update()
             forget_peak()
             spent = least(update, options.repeats, options.device)
+            posterior = engine.condition(terms, sites, prior)
+            b = posterior.weights
+            wrong = posterior.prior_times(b[..., None])[..., 0] - posterior.mean
+            other = b - sites.shift + sites.precision * posterior.mean
+            row["error"] = float(max(wrong.norm() / posterior.mean.norm(), other.norm() / b.norm()))
             row["status"] = "converged"
     row |= {"seconds": spent[0], "cpu_seconds": spent[1], "peak_MiB": peak_mib()}
     if options.device != "cpu":
