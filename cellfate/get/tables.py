@@ -206,7 +206,8 @@ def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Returns
     -------
     Columns `check`; `over`, ``"cells"``, ``"space"``, ``"tree"`` or ``"draws"``; `observed`; `expected` where the model is right, with
-    `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells), two-sided for what
+    `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells; below is no pattern
+    that was missed), two-sided for what
     is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole.
     """
     return _later(adata, key, _keys.CHECKS, "check", "")
@@ -220,7 +221,7 @@ def predictions(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Returns
     -------
     Columns `left_out`, ``"cell"``, ``"clade"`` or ``"region"``; `sets`, how many of them; `log_score`, the mean log predictive density of
-    a cell; and where the fate is yes or no `brier`, the mean squared error of the predicted probability, beside `brier_reference`, that
+    a cell; and where each trial is a yes or no (bernoulli, binomial) `brier`, the mean squared error of the predicted probability, beside `brier_reference`, that
     of the share over all cells.
     """
     return _later(adata, key, _keys.PREDICTIONS, "check", "")

@@ -249,6 +249,9 @@ def find_mode(
         hessian, mean_slope, log_variance_slope = _derivatives(
             model, engine, rule, u, here, gradient, curvature, guess if large else None
         )
+        if guess is not None and not bool(hessian.isfinite().all()):
+            # next to the mode a gradient overflowed: the search knows the curvature roughly
+            hessian, converged, message = guess, False, "next to the mode a number overflowed"
         # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
         looks += 1
         enough_looks = not large or gain is not None or not len(u) or looks > LOOKS

@@ -29,6 +29,12 @@ def check_name(key: Any) -> None:
         raise DataError(f"key_added is {key!r}, wanted a name without '/'.")
 
 
+LATER = (  # tables that tools add to a fit
+    _keys.ANCESTORS, _keys.MARGINAL_EFFECTS, _keys.ASSOCIATIONS, _keys.COMPARISON, _keys.TESTS, _keys.CHECKS, _keys.PREDICTIONS,
+    _keys.CALIBRATION, _keys.PRIOR_SENSITIVITY,
+)  # fmt: skip
+
+
 def check_free(adata: AnnData, key: str) -> None:
     """Refuse a `key_added` whose slots hold something that is not an earlier fit."""
     check_name(key)
@@ -138,7 +144,14 @@ def _responses(found: Sequence[GLMMFit | Failure]) -> pd.DataFrame:
 
 
 def _clear(adata: AnnData, key: str) -> None:
-    """Take away what an earlier fit of this name wrote beside `uns`, which the new one may not write."""
+    """Take away what an earlier fit of this name wrote beside `uns`, which the new one may not write, and say what goes."""
+    later = [name for name in LATER if name in adata.uns.get(key, {})]
+    if later:
+        logger.info(
+            "the fit under %r is replaced, and with it its %s; another key_added keeps both", key, ", ".join(later)
+        )
+    if _keys.residual(key) in adata.obs and _keys.CHECKS in later:
+        del adata.obs[_keys.residual(key)]
     for slot, where in ((_keys.effects(key), adata.obsm), (_keys.shares(key), adata.varm)):
         if slot in where:
             del where[slot]

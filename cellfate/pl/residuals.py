@@ -29,7 +29,8 @@ def residuals(
 
     First the quantiles of the residuals against those of a standard normal, with the band in which 95% of samples of this size lie at
     each place. Then Moran's I over space and over the tree, of the residuals (with what random orders of the cells give) and of the
-    fates (with what fates drawn again from the fit give): a point outside of its bar is a pattern that the model does not have. For
+    fates (with what fates drawn again from the fit give): a point beyond its bar is a pattern that the model does not have. What is left in residuals
+    can only be too much: those of cells that are predicted from each other are a little opposed. For
     fates that are yes or no, last, how often what was predicted with some probability came true, for single cells, clades and regions
     that were left out.
 
@@ -85,9 +86,12 @@ def _quantiles(ax: Axes, x: np.ndarray) -> None:
 
 def _patterns(ax: Axes, table: pd.DataFrame) -> None:
     rows = list(table.itertuples())[::-1]
+    # a bar without a lower end goes as far as the panel
+    least = min(min(row.observed, row.lower if np.isfinite(row.lower) else -row.upper) for row in rows) - 0.05
+    ax.set_xlim(left=least)
     for y, row in enumerate(rows):
         color = _style.COLORS[OVER[row.over]]
-        ax.hlines(y, row.lower, row.upper, color=color, alpha=0.35, linewidth=5)
+        ax.hlines(y, max(row.lower, least), row.upper, color=color, alpha=0.35, linewidth=5)
         ax.plot(row.observed, y, "o", markersize=4.5, color=color, markeredgecolor="white", markeredgewidth=0.6)
     names = [f"{'residuals' if 'residuals' in row.check else 'fates'},\n{row.over}" for row in rows]
     ax.set_yticks(range(len(rows)), names)

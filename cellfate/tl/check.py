@@ -215,8 +215,8 @@ def _checks(
     rows: list[tuple[object, ...]] = [("residuals are normal", "cells", distance, 0.0, 0.0, np.nan, p)]
     for name, vicinity in vicinities.items():
         found, drawn, p = permuted(vicinity, residuals, n_perm, rng)
-        lower, upper = np.quantile(drawn, [0.025, 0.975])
-        rows.append(("Moran's I of residuals", name, found, drawn.mean(), lower, upper, p))
+        # below is no pattern: cells that are predicted from each other have residuals that are a little opposed
+        rows.append(("Moran's I of residuals", name, found, drawn.mean(), -np.inf, np.quantile(drawn, 0.95), p))
     again = {"mean": (y.mean(), replicates.mean(0)), "standard deviation": (y.std(), replicates.std(0))}
     if (y == 0).any() or (replicates == 0).any():
         again["share of zeros"] = (y == 0).mean(), (replicates == 0).mean(0)

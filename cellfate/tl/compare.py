@@ -12,6 +12,7 @@ from cellfate import _keys
 from cellfate._runtime import SeedLike, generator, logger
 from cellfate.errors import DataError
 from cellfate.inference.fit import GLMM
+from cellfate.inference.hyperposterior import LARGEST_K
 from cellfate.inference.loo import error_of, leave_one_out
 from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
@@ -108,7 +109,7 @@ def compare(
                 "bic": d * np.log(fit.cells.n) - 2 * found.free_energy,
                 "hyperparameters": d,
                 "pareto_k": loo.pareto_k,
-                "status": found.diagnostics["status"],
+                "status": _status(found.diagnostics["status"], loo.pareto_k),
             }
         )
         logger.info("%s: log evidence %.2f, elpd of cells left out %.2f", name, found.log_evidence, loo.total)
@@ -116,6 +117,14 @@ def compare(
     adata = adata.copy() if copy else adata
     write_table(adata, key, _keys.COMPARISON, table)
     return adata if copy else None
+
+
+def _status(of_fit: str, pareto_k: float) -> str:
+    """Doubts about a fit, and about leaving its cells out."""
+    if not pareto_k > LARGEST_K:
+        return of_fit
+    doubt = f"k-hat of leaving cells out is {pareto_k:.2f}, above {LARGEST_K}: elpd_loo is rough"
+    return doubt if of_fit == "converged" else f"{of_fit}; {doubt}"
 
 
 def _models(fit: Fitted, interaction: bool) -> dict[str, list[Component]]:

@@ -207,3 +207,24 @@ def test_a_cell_without_prior_variance(engine):
     np.testing.assert_allclose(mean[:2], 0, atol=1e-12)
     np.testing.assert_allclose(sd[:2], 0, atol=1e-6)
     assert sd[2:].min() > 0.1
+
+
+def test_a_gradient_that_overflows_beside_the_mode(monkeypatch):
+    """The curvature is then what the search has learned, and the fit says so."""
+    from cellfate.inference import mode as search
+
+    model, _ = small_problem("poisson", groups=())
+    engine, derivatives = dense_engine(model.components, model.data.n), search._derivatives
+
+    def overflown(*arguments):
+        hessian, mean, variance = derivatives(*arguments)
+        return torch.full_like(hessian, torch.nan), mean, variance
+
+    exact = find_mode(model, engine, Variational())
+    monkeypatch.setattr(search, "_derivatives", overflown)
+    found = find_mode(model, engine, Variational())
+    assert not found.converged
+    assert found.message == "next to the mode a number overflowed"
+    assert bool(found.curvature.isfinite().all())
+    sds = [m.curvature.inverse().diagonal().sqrt() for m in (found, exact)]
+    assert float((sds[0] / sds[1]).log().abs().max()) < 1.0

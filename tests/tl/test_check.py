@@ -150,3 +150,22 @@ def test_families_without():
     cf.tl.decompose(adata, "fate", family="ordinal", lengthscale=0.5, rng=0)
     with pytest.raises(NotImplementedError, match="checks are not there yet for family='ordinal'"):
         cf.tl.check(adata)
+
+
+def test_a_new_fit_takes_the_checks_of_the_old_one_away(caplog):
+    adata = cf.datasets.simulate(50, family="poisson", rng=0)
+    adata.obs["fit_residual"] = 1.0  # the user's own, of no check
+    cf.tl.decompose(adata, "fate", family="poisson", lengthscale=0.5, rng=0)
+    cf.tl.check(adata, draws=2, folds=2, n_perm=19, rng=0)
+    assert "cellfate_residual" in adata.obs
+    caplog.clear()
+    with caplog.at_level("INFO", logger="cellfate"):
+        cf.tl.decompose(adata, "fate", family="poisson", lengthscale=0.5, rng=0)
+        cf.tl.decompose(adata, "fate", family="poisson", lengthscale=0.5, rng=0, key_added="fit")
+        cf.tl.decompose(adata, "fate", family="poisson", lengthscale=0.5, rng=0, key_added="fit")
+    said = [r.getMessage() for r in caplog.records if "is replaced" in r.getMessage()]
+    assert said == [
+        "the fit under 'cellfate' is replaced, and with it its checks, predictions; another key_added keeps both"
+    ]
+    assert "cellfate_residual" not in adata.obs
+    assert (adata.obs["fit_residual"] == 1.0).all()
