@@ -88,7 +88,7 @@ def _patterns(ax: Axes, table: pd.DataFrame) -> None:
     rows = list(table.itertuples())[::-1]
     # a bar without a lower end goes as far as the panel
     least = min(min(row.observed, row.lower if np.isfinite(row.lower) else -row.upper) for row in rows) - 0.05
-    ax.set_xlim(left=least)
+    ax.set_xlim(least, max(max(row.observed, row.upper) for row in rows) + 0.05)
     for y, row in enumerate(rows):
         color = _style.COLORS[OVER[row.over]]
         ax.hlines(y, max(row.lower, least), row.upper, color=color, alpha=0.35, linewidth=5)
