@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
+from cellfate.errors import DataError
 from cellfate.inference.free_energy import Evaluation, evaluate, evaluate_with_gradient
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
@@ -252,6 +253,11 @@ def find_mode(
         if guess is not None and not bool(hessian.isfinite().all()):
             # next to the mode a gradient overflowed: the search knows the curvature roughly
             hessian, converged, message = guess, False, "next to the mode a number overflowed"
+        if not bool(hessian.isfinite().all()):
+            raise DataError(
+                "the search for the mode met no finite number: the response or its offset is extreme, such as a probability of 1e-20. "
+                "Move such values inwards, or leave those cells out."
+            )
         # along a ridge the search's guess of the curvature can be several times what it is, and have ended it early
         looks += 1
         enough_looks = not large or gain is not None or not len(u) or looks > LOOKS

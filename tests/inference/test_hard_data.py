@@ -1,5 +1,7 @@
 """Data that is legal and awkward: far from zero, in odd units, rare levels, cells that nothing is known of."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,24 @@ def test_a_gradient_that_overflows_beside_the_mode(monkeypatch):
     assert bool(found.curvature.isfinite().all())
     sds = [m.curvature.inverse().diagonal().sqrt() for m in (found, exact)]
     assert float((sds[0] / sds[1]).log().abs().max()) < 1.0
+
+
+def test_a_search_without_any_finite_number_is_an_error_in_words(monkeypatch):
+    from cellfate.inference import mode as search
+
+    model, _ = small_problem("poisson", groups=())
+    engine = dense_engine(model.components, model.data.n)
+    ascend, derivatives = search._ascend, search._derivatives
+
+    def lost(*arguments):
+        found = ascend(*arguments)
+        return replace(found, curvature=torch.full_like(found.curvature, torch.nan))
+
+    def overflown(*arguments):
+        hessian, mean, variance = derivatives(*arguments)
+        return torch.full_like(hessian, torch.nan), mean, variance
+
+    monkeypatch.setattr(search, "_ascend", lost)
+    monkeypatch.setattr(search, "_derivatives", overflown)
+    with pytest.raises(DataError, match="met no finite number: the response or its offset is extreme"):
+        find_mode(model, engine, Variational())
