@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -74,10 +75,14 @@ class ProductColumns:
         of_field = _diagonal(field, self.phi)
         return steps.noise[..., leaf] * of_field, steps.marginals()[1][..., leaf] * of_field
 
+    @cached_property
+    def _gram(self) -> Tensor:
+        return self.phi.mT @ self.phi
+
     def moments(self, spectrum: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Tr K and 1' K 1, each (...,)."""
-        gram, sums, left = self.phi.mT @ self.phi, self.phi.sum(0), own.sum(-1)
-        return (spectrum * gram).sum((-2, -1)) + left, (spectrum @ sums) @ sums + left
+        sums, left = self.phi.sum(0), own.sum(-1)
+        return (spectrum * self._gram).sum((-2, -1)) + left, (spectrum @ sums) @ sums + left
 
     def truncated_share(self, structure: Hadamard) -> float:
         """What the columns leave to the cells beside their last branches, as a part of the whole variance."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from cellfate._runtime import progress
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
-from cellfate.inference.sites import Likelihood, Rule
+from cellfate.inference.sites import Likelihood, Rule, cavity
 from cellfate.model.cumulative import Own, cumulative
 from cellfate.model.families import quadrature
 from cellfate.model.glmm import RESIDUAL, Model, Theta
@@ -94,10 +94,7 @@ def _point(model: Model, engine: Engine, rule: Rule, theta: Theta, i: int) -> _P
 
 def _each(point: _Point) -> Predicted:
     """Each cell from all others."""
-    posterior = point.here.posterior
-    whole = 1 / posterior.variance.clamp(min=torch.finfo(posterior.variance.dtype).tiny ** 0.5)
-    variance = 1 / torch.maximum(whole - posterior.sites.precision, 1e-10 * whole)
-    mean = variance * (whole * posterior.mean - posterior.sites.shift)
+    mean, variance = cavity(point.here.posterior)
     return _predictive(point, mean[0], variance[0], torch.arange(point.model.data.n))
 
 

@@ -19,7 +19,7 @@ from cellfate.inference.free_energy import evaluate, likelihood_at
 from cellfate.inference.importance import pareto_smooth
 from cellfate.inference.mode import MEMORY
 from cellfate.inference.predict import Draws, spread
-from cellfate.inference.sites import Rule
+from cellfate.inference.sites import Rule, cavity
 from cellfate.model.families import quadrature
 from cellfate.model.glmm import Model, Theta
 
@@ -60,10 +60,9 @@ def leave_one_out(
         beta = None if theta.beta is None else theta.beta[rows]
         at = Theta({name: x[rows] for name, x in theta.values.items()}, beta)
         here = evaluate(model, engine, at, rule, tolerance=SETTLED)
-        likelihood, posterior = likelihood_at(model, at), here.posterior
-        whole = 1 / posterior.variance.clamp(min=torch.finfo(posterior.variance.dtype).tiny ** 0.5)
-        variance = 1 / torch.maximum(whole - posterior.sites.precision, 1e-10 * whole)
-        mean = variance * (whole * posterior.mean - posterior.sites.shift) + likelihood.shift
+        likelihood = likelihood_at(model, at)
+        mean, variance = cavity(here.posterior)
+        mean = mean + likelihood.shift
         z, w = quadrature(mean, NODES)
         phi = None if likelihood.phi is None else model.family.beside_nodes(likelihood.phi)
         out = torch.empty_like(mean)

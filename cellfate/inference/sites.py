@@ -189,6 +189,18 @@ class Variational(Rule):
         return part.sum(-1), _through_prior(posterior, lambda_m), omega
 
 
+def _marginal(posterior: Posterior) -> Tensor:
+    """Marginal variances, kept above zero for cells without any prior variance."""
+    return posterior.variance.clamp(min=torch.finfo(posterior.variance.dtype).tiny ** 0.5)
+
+
+def cavity(posterior: Posterior) -> tuple[Tensor, Tensor]:
+    """Mean and variance (points, n) of each cell's latent value given the sites of all others."""
+    whole = 1 / _marginal(posterior)
+    variance = 1 / torch.maximum(whole - posterior.sites.precision, 1e-10 * whole)
+    return variance * (whole * posterior.mean - posterior.sites.shift), variance
+
+
 class ExpectationPropagation(Rule):
     """Sites that match the moments of the tilted distributions."""
 
@@ -196,20 +208,10 @@ class ExpectationPropagation(Rule):
     monotone = False
     first_step = 0.8
 
-    @staticmethod
-    def _marginal(posterior: Posterior) -> Tensor:
-        """Marginal variances, kept above zero for cells without any prior variance."""
-        return posterior.variance.clamp(min=torch.finfo(posterior.variance.dtype).tiny ** 0.5)
-
-    def _cavity(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        whole = 1 / self._marginal(posterior)
-        variance = 1 / torch.maximum(whole - posterior.sites.precision, 1e-10 * whole)
-        return variance * (whole * posterior.mean - posterior.sites.shift), variance
-
     def _tilted(self, likelihood: Likelihood, posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
         """Log normalizer, mean and variance of cavity times likelihood, by quadrature about the current marginal."""
-        mean, variance = self._cavity(posterior)
-        marginal = self._marginal(posterior)
+        mean, variance = cavity(posterior)
+        marginal = _marginal(posterior)
         x, w = quadrature(posterior.mean)
         z = x.expand(*posterior.mean.shape, -1)
         u = posterior.mean[..., None] + marginal.sqrt()[..., None] * z
@@ -224,15 +226,15 @@ class ExpectationPropagation(Rule):
 
     def update(self, likelihood: Likelihood, posterior: Posterior) -> Update:
         _, first, second = self._tilted(likelihood, posterior)
-        mean, variance = self._cavity(posterior)
+        mean, variance = cavity(posterior)
         precision = (1 / second - 1 / variance).clamp(min=0.0)
         shift = first / second - mean / variance
         return Update(Sites(precision, shift), self.free_energy(likelihood, posterior))
 
     def free_energy(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         log_z = self._tilted(likelihood, posterior)[0]
-        mean, variance = self._cavity(posterior)
-        gaussian = 0.5 * (posterior.mean.square() / self._marginal(posterior) - mean.square() / variance)
+        mean, variance = cavity(posterior)
+        gaussian = 0.5 * (posterior.mean.square() / _marginal(posterior) - mean.square() / variance)
         gaussian = gaussian - 0.5 * torch.log1p(posterior.sites.precision * variance)
         prior = 0.5 * (posterior.sites.shift * posterior.mean).sum(-1) - 0.5 * posterior.log_det
         return prior + (log_z - gaussian).sum(-1)
