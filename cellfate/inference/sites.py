@@ -55,8 +55,7 @@ class Likelihood:
     def start(self, points: int) -> Sites:
         """Sites from each cell on its own."""
         eta = self.family.start(self.outcome).expand(points, -1)
-        e = self.family.at(self.outcome, eta, self.phi)
-        return Sites(e.precision, e.precision * (eta - self.shift) + e.slope)
+        return _sites(self.family.at(self.outcome, eta, self.phi), eta - self.shift)
 
 
 @dataclass(frozen=True)

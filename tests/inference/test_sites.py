@@ -9,7 +9,7 @@ from scipy import optimize, stats
 
 from cellfate.engines.base import Sites
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient, likelihood_at
-from cellfate.inference.sites import RULES, ExpectationPropagation, Laplace, Variational, divergence
+from cellfate.inference.sites import RULES, ExpectationPropagation, Laplace, Likelihood, Variational, divergence
 from cellfate.inference.variational_laplace import Status, fit_sites
 from cellfate.kernels.base import Component, Given
 from cellfate.model.catalog import concrete, get_family
@@ -389,6 +389,21 @@ def test_extreme_responses_have_a_free_energy(name):
     for here in (variational, ep):
         assert (here.fit.status == Status.CONVERGED).all()
         assert here.gradient.isfinite().all()
+
+
+def test_no_cell_starts_from_a_negative_precision():
+    """Next to a fate of 0 the curvature of a beta density is the small difference of two large numbers."""
+    model, _ = small_problem("beta")
+    y = double(np.geomspace(1e-300, 0.5, model.data.n))
+    for precision in (0.1, 1.0, 4.95, 30.0):
+        likelihood = Likelihood(model.family, Outcome(y), double([[0.0]]), double([[precision]]))
+        e = model.family.at(Outcome(y), model.family.start(Outcome(y)), double([[precision]]))
+        assert (e.precision < 0).any()
+        start = likelihood.start(1)
+        assert (start.precision >= 0).all()
+        kept = e.precision > 0  # where there is curvature, the sites are Laplace's
+        mean = (e.slope / e.precision + model.family.start(Outcome(y)))[kept]
+        np.testing.assert_allclose((start.shift / start.precision)[kept], mean, rtol=1e-10)
 
 
 def test_counts_of_nothing_settle(rule):
