@@ -13,7 +13,7 @@ from cellfate.engines.dense import DenseEngine
 from cellfate.engines.structured import StructuredEngine, refusal
 from cellfate.errors import DataError, unknown
 from cellfate.kernels.base import Component
-from cellfate.kernels.fates import OwnField
+from cellfate.kernels.fates import Loaded
 from cellfate.kernels.product import Product
 
 ENGINES = ("auto", "dense", "structured")
@@ -74,7 +74,7 @@ def choose(
         raise DataError(f"rank is {rank!r}, wanted the number of columns for a spatial field, such as 256, or None.")
     free = SHARE_OF_MEMORY * free_memory(device)
     refused = refusal(components)
-    if name == "structured" and refused and any(isinstance(c.kernel, Product | OwnField) for c in components):
+    if name == "structured" and refused and any(isinstance(c.kernel, Product | Loaded) for c in components):
         raise NotImplementedError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")
     if name == "structured" and refused:
         raise DataError(f"engine='structured' cannot take this model: {refused}. Use engine='dense'.")

@@ -24,7 +24,7 @@ from cellfate.engines.product_columns import MOST, ProductColumns, has_columns, 
 from cellfate.engines.structured_posterior import Part, StructuredPosterior, StructuredPrior, Walk
 from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Diagonal, Given, Term, sample_variance
-from cellfate.kernels.fates import OwnField
+from cellfate.kernels.fates import Loaded
 from cellfate.kernels.lineage import LineageKernel, TreeSteps
 from cellfate.kernels.product import Hadamard, Product
 from cellfate.kernels.spatial import SpatialKernel, Stationary
@@ -349,7 +349,7 @@ def refusal(components: Sequence[Component]) -> str | None:
     given = [c.name for c in components if isinstance(c.kernel, Given)]
     trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
     products = [c.name for c in components if isinstance(c.kernel, Product) and not has_columns(c.kernel)]
-    if any(isinstance(c.kernel, OwnField) for c in components):
+    if any(isinstance(c.kernel, Loaded) for c in components):
         return "the fates have variances of their own, for which it has no sweeps yet"
     if products:
         return f"components {products} are products of two kernels that are not a tree and a field, for which it has no columns yet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,16 @@ from cellfate.errors import DataError
 from cellfate.inference.arrays import array
 from cellfate.inference.hyperposterior import Hyperposterior
 from cellfate.kernels.base import Component
-from cellfate.kernels.fates import OwnField, own_fields
+from cellfate.kernels.fates import Loaded, can_be_loaded, own_fields
 from cellfate.model.categorical import Categorical, contrasts
 from cellfate.model.checks import check_finite, check_levels
+from cellfate.model.families import Family
 from cellfate.model.glmm import Model
+from cellfate.model.pairs import Pairs, differences, loadings, variances_of_fates
 
 KIND = "fates"  # of a family
 NEAR_ONE = 1e-6  # that probabilities sum to
+WHOLE = 1_500  # pairs of fates times cells of a block up to which sites of all pairs are taken where sites of contrasts would do
 
 
 def weights_of(response: str, y: Any) -> np.ndarray:
@@ -59,65 +62,108 @@ def weights_of(response: str, y: Any) -> np.ndarray:
     return found.astype(np.float64)
 
 
-def outcome_of(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the family takes: data and totals ((K - 1) n,)."""
-    return Categorical.outcome(weights)
+@dataclass(frozen=True)
+class Form:
+    """How fates become copies of the cells: K - 1 contrasts with a site each, or all pairs, whose sites are a block of a cell.
+
+    Fields of pairs depend on each other, which exact matrices can hold; with variances by fate those of contrasts do too, and a
+    product over contrasts is then no approximation of the posterior.
+    """
+
+    levels: int
+    paired: bool = False
+
+    @classmethod
+    def of(cls, model: Model) -> Form:
+        assert model.data.outcome.levels is not None
+        return cls(model.data.outcome.levels, isinstance(model.family, Pairs))
+
+    @property
+    def copies(self) -> int:
+        return self.levels * (self.levels - 1) // 2 if self.paired else self.levels - 1
+
+    @property
+    def family(self) -> Family:
+        return Pairs() if self.paired else Categorical()
+
+    @property
+    def _of_contrasts(self) -> np.ndarray:  # (copies, J)
+        return loadings(self.levels) if self.paired else np.eye(self.levels - 1)
+
+    @property
+    def _of_fates(self) -> np.ndarray:  # (copies, K)
+        return differences(self.levels) if self.paired else contrasts(self.levels).T
+
+    def outcome(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the family takes: data and totals (copies * n,)."""
+        return (Pairs if self.paired else Categorical).outcome(weights)
+
+    def design(self, design: np.ndarray, terms: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """A design (n, p) for each copy of the cells, and what its columns, p of each contrast, are called inside the model."""
+        names = tuple(f"{term}[contrast {j}]" for j in range(self.levels - 1) for term in terms)
+        return np.kron(self._of_contrasts, design), names
+
+    def components(self, components: Sequence[Component], called: Sequence[str] | None) -> tuple[Component, ...]:
+        """Components over the copies, with a variance for each of the fates that are `called`, or one for all."""
+        if called is not None:
+            return own_fields(components, self._of_fates, called)
+        if self.paired:
+            return tuple(Component(c.name, Loaded(c.kernel, self._of_contrasts, c.name)) for c in components)
+        return tuple(Component(c.name, c.kernel.copied(self.copies)) for c in components)
+
+    def by_fate(self, x: np.ndarray) -> np.ndarray:  # (..., copies * n) -> (..., n, K)
+        """Latent values of the fates."""
+        return self._apart(x) @ self._of_fates * (2 / self.levels if self.paired else 1.0)
+
+    def variances_by_fate(self, x: np.ndarray) -> np.ndarray:
+        """The same of variances; contrasts are independent a posteriori, and pairs say all about each other."""
+        return self._apart(x) @ (variances_of_fates(self.levels) if self.paired else self._of_fates**2)
+
+    def variance_of_field(self, x: np.ndarray) -> np.ndarray:  # (copies * n) -> (n,)
+        """Variance of a fate's latent value that comes from its own field, of which each copy has its part."""
+        of_contrasts = self._apart(x).sum(-1) * (2 / self.levels if self.paired else 1.0)
+        return of_contrasts * (1 - 1 / self.levels)
+
+    def _apart(self, x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x.reshape(*x.shape[:-1], self.copies, -1), -2, -1)
 
 
-def block_design(design: np.ndarray, terms: Sequence[str], copies: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """A design (n, p) for each copy of the cells, and what its columns are called inside the model."""
-    return np.kron(np.eye(copies), design), tuple(f"{term}[contrast {j}]" for j in range(copies) for term in terms)
+def can_be_paired(components: Sequence[Component], levels: int) -> bool:
+    """Whether sites of all pairs are there for these components, and another thing than those of contrasts."""
+    return levels > 2 and all(can_be_loaded(c.kernel) for c in components)
 
 
-def fields_of(
-    components: Sequence[Component],
-    copies: int,
-    names: Sequence[str] | None,
-    priors: Mapping[str, object],
-    per_fate: bool,
-) -> tuple[tuple[Component, ...], dict[str, object]]:
-    """Components over the copies, with one variance each or one for every fate, and the priors by what they are called there."""
-    if not per_fate:
-        return tuple(Component(c.name, c.kernel.copied(copies)) for c in components), dict(priors)
-    called, found = _called(names, copies + 1), dict(priors)
+def called(names: Sequence[str] | None, levels: int) -> list[str]:
+    """The fates by what they are called in tables."""
+    return [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
+
+
+def priors_by_fate(
+    components: Sequence[Component], called: Sequence[str], priors: Mapping[str, object]
+) -> dict[str, object]:
+    """Priors where every fate has a variance of its own: one that was given for all is that of each."""
+    found = dict(priors)
     for c in components:
         if (key := f"sd_{c.name}") in found:
             shared = found.pop(key)
             found = {f"{key}[{name}]": shared for name in called} | found
-    return own_fields(components, contrasts(copies + 1), called), found
-
-
-def _called(names: Sequence[str] | None, levels: int) -> list[str]:
-    return [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
-
-
-def by_fate(x: np.ndarray, levels: int) -> np.ndarray:  # (..., (K - 1) n) -> (..., n, K)
-    """Latent values of the fates from those of their contrasts."""
-    u = np.moveaxis(x.reshape(*x.shape[:-1], levels - 1, -1), -2, -1)
-    return u @ contrasts(levels).T
-
-
-def variances_by_fate(x: np.ndarray, levels: int) -> np.ndarray:
-    """The same of variances, contrasts being independent a posteriori."""
-    u = np.moveaxis(x.reshape(*x.shape[:-1], levels - 1, -1), -2, -1)
-    return u @ (contrasts(levels).T ** 2)
+    return found
 
 
 def told_by_fate(
     model: Model, posterior: Hyperposterior, terms: Sequence[str], names: Sequence[str] | None
 ) -> tuple[Hyperposterior, tuple[str, ...]]:
-    """Effects and fixed effects of each fate in place of those of contrasts, and what the latter are called."""
-    levels = model.data.copies + 1
-    names = _called(names, levels)
-    own = {c.name: c.kernel for c in model.components if isinstance(c.kernel, OwnField)}
+    """Effects and fixed effects of each fate in place of those of copies, and what the latter are called."""
+    form = Form.of(model)
+    levels, names = form.levels, called(names, form.levels)
+    own = {c.name: k.fate for c in model.components if isinstance(k := c.kernel, Loaded) and k.fate is not None}
     effects: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for component, (mean, sd) in posterior.effects.items():
-        if component in own:  # one field, of which each contrast has its part
-            place = own[component].loading / np.sqrt(levels)
-            means = place @ mean.reshape(levels - 1, -1)
-            effects[component] = means, np.sqrt((place @ place) * (sd.reshape(levels - 1, -1) ** 2).sum(0))
+        means = form.by_fate(mean)
+        if component in own:
+            effects[component] = means[:, own[component]], np.sqrt(form.variance_of_field(sd**2))
             continue
-        means, sds = by_fate(mean, levels), np.sqrt(variances_by_fate(sd**2, levels))
+        sds = np.sqrt(form.variances_by_fate(sd**2).clip(min=0))
         effects |= {f"{component}[{name}]": (means[:, k], sds[:, k]) for k, name in enumerate(names)}
     beta = np.einsum(
         "scp,kc->spk", posterior.beta.reshape(len(posterior.beta), levels - 1, len(terms)), contrasts(levels)

@@ -15,6 +15,7 @@ import torch
 from cellfate._runtime import SeedLike, announce, generator, out_of_memory, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
 from cellfate.engines.choose import ENGINES, NOT_YET, choose
+from cellfate.engines.dense import DenseEngine
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference import fates
 from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
@@ -245,8 +246,8 @@ class GLMM:
         mean = (here.posterior.mean + model.shift(at)).cpu().numpy()
         variance = here.posterior.variance.cpu().numpy()
         if self.family.kind == fates.KIND:
-            count = model.data.copies + 1
-            mean, variance = fates.by_fate(mean, count), fates.variances_by_fate(variance, count)
+            form = fates.Form.of(model)
+            mean, variance = form.by_fate(mean), form.variances_by_fate(variance)
         if points == 1:
             return Evaluated(float(free_energy[0]), mean[0], variance[0], worst.sentence)
         return Evaluated(free_energy, mean, variance, worst.sentence)
@@ -368,7 +369,7 @@ class GLMM:
         trials: Any,
         terms: Sequence[str] | None,
         response: str,
-        levels: Sequence[str] | None,
+        names: Sequence[str] | None,
     ) -> tuple[Model, Engine, str]:
         if not self.reml or not isinstance(self.rule, Variational):
             raise NotImplementedError(
@@ -381,19 +382,37 @@ class GLMM:
             )
         check_single_cells(self.components, self.family, None)
         weights = fates.weights_of(response, y)
-        n, copies = len(weights), weights.shape[1] - 1
+        n, levels = weights.shape
         rows_ = np.arange(n)
         design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
-        names = term_names(terms, design.shape[1])
-        if names:
-            check_design(design, names, rows_, "X")
-        design, names = fates.block_design(design, names, copies)
-        seen, total = fates.outcome_of(weights)
-        outcome = Outcome(self._tensor(seen), self._tensor(total), copies + 1)
-        data = Data(outcome, self._tensor(design), names, self._tensor(np.zeros(len(seen))), copies)
-        components, priors = fates.fields_of(self.components, copies, levels, self.priors, self.per_fate)
-        model = Model(self.family, components, data, priors, True)
-        return model, *self._chosen(components, len(seen))
+        terms_ = term_names(terms, design.shape[1])
+        if terms_:
+            check_design(design, terms_, rows_, "X")
+        called = fates.called(names, levels) if self.per_fate else None
+        priors = fates.priors_by_fate(self.components, called, self.priors) if called else self.priors
+        form, components, engine, why = self._form(levels, called, n)
+        seen, total = form.outcome(weights)
+        outcome = Outcome(self._tensor(seen), self._tensor(total), levels)
+        x, terms_ = form.design(design, terms_)
+        nothing = self._tensor(np.zeros(len(seen)))
+        data = Data(outcome, self._tensor(x), terms_, nothing, form.copies, levels - 1)
+        return Model(form.family, components, data, priors, True), engine, why
+
+    def _form(
+        self, levels: int, called: Sequence[str] | None, n: int
+    ) -> tuple[fates.Form, tuple[Component, ...], Engine, str]:
+        """Fates by contrasts or by all pairs, the components over the copies, their engine and why it is that one."""
+        paired, single = fates.Form(levels, True), fates.Form(levels)
+        can = fates.can_be_paired(self.components, levels) and self.engine_name != "structured"
+        if called is not None or can:
+            components, size = paired.components(self.components, called), paired.copies * n
+            # with variances by fate contrasts would depend on each other
+            blocks = DenseEngine(components, size, device=self.device, dtype=self.dtype).blocks
+            if called is not None or blocks.largest <= fates.WHOLE:
+                engine, why = self._chosen(components, size)
+                return paired, components, engine, f"{why}, sites of all pairs of fates"
+        components = single.components(self.components, None)
+        return single, components, *self._chosen(components, single.copies * n)
 
     def _chosen(self, components: Sequence[Component], n: int) -> tuple[Engine, str]:
         made_for = (n, tuple(c.name for c in components))

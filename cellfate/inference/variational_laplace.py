@@ -102,7 +102,7 @@ def fit_sites(
         if rule.monotone:
             slack = 1e-9 * (1 + state.objective.abs())
             # for the last digits the objective is flat, and rounding would refuse good steps
-            accepted = finite & ((candidate.objective >= state.objective - slack) | (moved < 1e-6))
+            accepted = finite & ((candidate.objective >= state.objective - slack) | (moved < likelihood.family.flat))
             accepted |= finite & ~state.objective.isfinite()
             step_next = torch.where(accepted, (2 * step).clamp(max=1.0), step / 2)
         else:

@@ -1,4 +1,4 @@
-"""Fields of single fates among several, where each has a variance of its own."""
+"""Fields of a fate out of several: what contrasts, or differences, of the fates share."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ import torch
 from torch import Tensor
 
 from cellfate.errors import DataError
-from cellfate.kernels.base import Basis, Component, Dense, Hyperparameter, Kernel, Structure
+from cellfate.kernels.base import Basis, Component, Dense, Hyperparameter, Kernel, Structure, tensor
 
 
 @dataclass(frozen=True)
 class _Loaded(Dense):
-    """A covariance among cells, times what two copies of the cells make of one field."""
+    """A covariance among cells, times what two copies of the cells make of the fields."""
 
     inner: Dense
 
     def dense(self, geometry: tuple[Any, Tensor]) -> Tensor:
         inside, loading = geometry
-        return self.inner.dense(inside) * (loading[:, :, None] * loading[:, None, :])
+        return self.inner.dense(inside) * (loading @ loading.mT)
 
 
 @dataclass(frozen=True, eq=False)
-class OwnField(Kernel):
-    r"""The field of one fate: contrast j of the fates (a copy of the cells) has `loading[j]` times it.
+class Loaded(Kernel):
+    r"""Independent fields of one covariance C, of which a copy of the cells has `loading` (copies, fields): :math:`LL' \otimes C`.
 
-    With :math:`h_k` the row of fate k in the orthonormal contrasts H and loadings :math:`\sqrt K h_k` the covariance is
-    :math:`K\,h_k h_k' \otimes C`. Those of all fates at one variance sum to K times that of independent contrasts, so that what
-    they contribute adds up to the component. Length-scales are shared: the first fate has them, the others borrow.
+    Copies are contrasts of the fates, or differences of two. Where every fate has a variance of its own there is such a kernel for each,
+    with one field. With :math:`h_k` the row of fate k in the orthonormal contrasts H and loadings :math:`\sqrt K h_k` the covariance
+    among contrasts is :math:`K\,h_k h_k' \otimes C`. Those of all fates at one variance sum to K times that of independent contrasts, so
+    that what they contribute adds up to the component. Length-scales are shared: the first fate has them, the others borrow.
     """
 
     inner: Kernel
-    loading: np.ndarray  # (copies,)
+    loading: np.ndarray  # (copies, fields)
     component: str
-    first: bool
+    fate: int | None = None  # None: the fields of all fates
+    fates: int = 1  # components like this one that add up to the whole
 
     def __post_init__(self) -> None:
-        if self.inner.holds_variance or self.inner.borrowed:
+        if not can_be_loaded(self.inner):
             raise NotImplementedError(
                 f"component {self.component!r} with per_fate=True is not there yet: its covariance has more than one variance, or "
                 "goes by those of other components. Leave it out, or give per_fate=False."
@@ -57,7 +59,11 @@ class OwnField(Kernel):
 
     @property
     def unit(self) -> float:  # type: ignore[override]
-        return self.inner.unit / float(np.sqrt(len(self.loading) + 1))
+        return self.inner.unit / float(np.sqrt(self.fates))
+
+    @property
+    def _first(self) -> bool:
+        return not self.fate
 
     @property
     def _told(self) -> dict[str, Hyperparameter]:
@@ -66,11 +72,11 @@ class OwnField(Kernel):
 
     @property
     def hyperparameters(self) -> tuple[Hyperparameter, ...]:  # type: ignore[override]
-        return tuple(self._told.values()) if self.first else ()
+        return tuple(self._told.values()) if self._first else ()
 
     @property
     def borrowed(self) -> tuple[str, ...]:  # type: ignore[override]
-        return () if self.first else tuple(self._told)
+        return () if self._first else tuple(self._told)
 
     @property
     def constant(self) -> bool:
@@ -81,10 +87,14 @@ class OwnField(Kernel):
         return self.inner.expected_variance
 
     def structure(self, values: dict[str, Tensor], like: Tensor) -> Structure:
-        held = {h.name: values[h.name if self.first else told] for told, h in self._told.items()}
+        held = {h.name: values[h.name if self._first else told] for told, h in self._told.items()}
         inner = self.inner.structure(held, like)
         if isinstance(inner, Basis):
-            return replace(inner, phi=torch.kron(torch.as_tensor(self.loading).to(like)[:, None], inner.phi))
+            assert inner.diagonal
+            loading = tensor(self.loading, like)
+            phi = (loading[:, None, :, None] * inner.phi[None, :, None]).reshape(self.n, -1)  # their Kronecker product
+            repeated = inner.spectrum.repeat(*[1] * (inner.spectrum.ndim - 1), self.loading.shape[1])
+            return replace(inner, phi=phi, spectrum=repeated)
         assert isinstance(inner, Dense)
         return _Loaded(inner)
 
@@ -97,18 +107,23 @@ class OwnField(Kernel):
         label = self.inner.independent()
         return None if label is None else np.tile(label, self.copies)
 
-    def at(self, cells: np.ndarray) -> OwnField:
+    def at(self, cells: np.ndarray) -> Loaded:
         count = len(cells) // self.copies  # the same ones of every copy
         return replace(self, inner=self.inner.at(cells[:count]))
 
 
-def own_fields(components: Sequence[Component], contrasts: np.ndarray, names: Sequence[str]) -> tuple[Component, ...]:
-    """For each component one of each fate, called `component[fate]`; contrasts (K, K - 1)."""
+def can_be_loaded(kernel: Kernel) -> bool:
+    """Whether :class:`Loaded` knows what to do with it: its covariance is one variance times what does not depend on others."""
+    return not kernel.holds_variance and not kernel.borrowed
+
+
+def own_fields(components: Sequence[Component], loadings: np.ndarray, names: Sequence[str]) -> tuple[Component, ...]:
+    """For each component one of each fate, called `component[fate]`; loadings (copies, K): what a copy has of each fate's latent value."""
     if len(names) < 3:
         raise DataError("per_fate=True needs three fates or more: of two, one varies as much as the other.")
-    loadings = np.sqrt(len(names)) * contrasts
+    each = np.sqrt(len(names)) * loadings
     return tuple(
-        Component(f"{c.name}[{name}]", OwnField(c.kernel, loading, c.name, k == 0))
+        Component(f"{c.name}[{name}]", Loaded(c.kernel, each[:, [k]], c.name, k, len(names)))
         for c in components
-        for k, (name, loading) in enumerate(zip(names, loadings, strict=True))
+        for k, name in enumerate(names)
     )

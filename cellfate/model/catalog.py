@@ -11,7 +11,7 @@ from cellfate.model.families import Family
 
 def concrete(base: type[Family] = Family) -> list[type[Family]]:
     """Every family that can be used, found by walking the subclasses."""
-    found = [] if inspect.isabstract(base) else [base]
+    found = [base] if "name" in vars(base) and not inspect.isabstract(base) else []  # others are a family in another form
     for child in base.__subclasses__():
         found += concrete(child)
     return found

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ class Categorical(Family):
     log-density is shared out evenly over the contrasts of a cell; multinomial coefficients are left out of it.
     """
 
-    name, links, kind, dear = "categorical", ("softmax",), "fates", True
+    name, links, kind, dear, flat = "categorical", ("softmax",), "fates", True, 0.1
+    _orders: ClassVar = NODES
 
     @staticmethod
     def outcome(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +119,7 @@ class Categorical(Family):
         return torch.full_like(total, math.pi**2 / 6)
 
     def expect(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Expectation:
-        def moments(at: _Nodes) -> tuple[Tensor, ...]:
+        def moments(at: Nodes) -> tuple[Tensor, ...]:
             return at.value, at.slope, at.precision
 
         value, slope, precision = self._integrate_cells(moments, outcome, mean, variance)
@@ -125,16 +127,15 @@ class Categorical(Family):
 
     def correction(self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None) -> Tensor:
         (value,) = self._integrate_cells(lambda at: (at.log_rest(),), outcome, mean, variance)
-        assert outcome.levels is not None
-        return self._shared_out(value, outcome.levels - 1)
+        return self._shared_out(value, mean.shape[-1] // value.shape[-1])
 
     def integrals(
         self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
     ) -> tuple[Expectation, Remainder]:
-        def reduce(at: _Nodes) -> tuple[Tensor, ...]:
+        def reduce(at: Nodes) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
-                rest = _Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
+                rest = Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
                 in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v))
             return at.value, at.slope, at.precision, rest.detach(), in_mean, in_variance, *at.higher()
 
@@ -154,47 +155,65 @@ class Categorical(Family):
         return apart(outcome.y, axes), apart(outcome.trials, axes)[..., 0], h
 
     @staticmethod
+    def _means(x: Tensor, h: Tensor) -> Tensor:
+        """Contrasts (..., n, J) of cells."""
+        return apart(x, h.shape[1])
+
+    @staticmethod
+    def _variances(x: Tensor, h: Tensor) -> Tensor:
+        """Variances (..., n, number) that the nodes of a cell go by."""
+        return apart(x, h.shape[1])
+
+    @staticmethod
+    def _nodes(y: Tensor, t: Tensor, mean: Tensor, variance: Tensor, h: Tensor, per_axis: int) -> Nodes:
+        return Nodes(y, t, mean, variance, h, per_axis)
+
+    @staticmethod
     def _shared_out(value: Tensor, axes: int) -> Tensor:  # (..., n) -> (..., J n)
         return (value / axes)[..., None, :].expand(*value.shape[:-1], axes, -1).flatten(-2)
 
     def _integrate_cells(
-        self, reduce: Callable[[_Nodes], tuple[Tensor, ...]], outcome: Outcome, mean: Tensor, variance: Tensor
+        self, reduce: Callable[[Nodes], tuple[Tensor, ...]], outcome: Outcome, mean: Tensor, variance: Tensor
     ) -> tuple[Tensor, ...]:
         """What `reduce` makes of the nodes of some cells, for all of them: (..., n, what it gives of a cell)."""
         y, t, h = self._data(outcome, mean)
         axes = h.shape[1]
-        m, v = apart(mean, axes), apart(variance.expand_as(mean), axes)
+        m, v = self._means(mean, h), self._variances(variance.expand_as(mean), h)
         shape = m.shape[:-1]
         flat = [
             x.expand(*shape, *x.shape[x.ndim - k :]).reshape(-1, *x.shape[x.ndim - k :])
             for x, k in ((y, 1), (t, 0), (m, 1), (v, 1))
         ]
-        order = torch.bucketize(flat[3].detach().amax(-1), m.new_tensor([upper for upper, _ in NODES]))
+        order = torch.bucketize(flat[3].detach().amax(-1), m.new_tensor([upper for upper, _ in self._orders]))
         cells, parts = [], []
-        for which, (_, nodes) in enumerate(NODES):
+        for which, (_, nodes) in enumerate(self._orders):
             per_axis = nodes.get(axes, 0)
             size = max(1, NUMBERS // (len(_rule(axes, per_axis)[1]) * len(h)))
-            last = which == len(NODES) - 1  # what is not a number is there too
+            last = which == len(self._orders) - 1  # what is not a number is there too
             for i in torch.nonzero((order == which) | (last & (order > which)))[:, 0].split(size):
                 of_y, of_t, of_m, of_v = (x[i] for x in flat)
-                parts.append(reduce(_Nodes(of_y, of_t, of_m, of_v, h, per_axis)))
+                parts.append(reduce(self._nodes(of_y, of_t, of_m, of_v, h, per_axis)))
                 cells.append(i)
         back = torch.argsort(torch.cat(cells))
         return tuple(torch.cat(of)[back].reshape(*shape, *of[0].shape[1:]) for of in zip(*parts, strict=True))
 
 
-class _Nodes:
+class Nodes:
     """What is known at the nodes of some cells under N(mean, variance), each (c, J)."""
 
     def __init__(self, y: Tensor, t: Tensor, mean: Tensor, variance: Tensor, h: Tensor, per_axis: int) -> None:
         self.y, self.t, self.mean, self.variance, self.h, self.per_axis = y, t, mean, variance, h, per_axis
         z, w = _rule(h.shape[1], per_axis)
         self.z, self.w = torch.as_tensor(z).to(h), torch.as_tensor(w).to(h)
-        self.sd = variance.clamp(min=1e-14).sqrt()
-        logits = (mean @ h.mT)[:, None] + (self.sd[:, None] * self.z) @ h.mT  # (c, q, K)
+        self.away = self._away()  # from the mean, (c, q, J)
+        logits = (mean @ h.mT)[:, None] + self.away @ h.mT  # (c, q, K)
         self.lse = torch.logsumexp(logits, -1)
         self.p = torch.exp(logits - self.lse[..., None])
         self.expected = self.p @ h  # (c, q, J)
+
+    def _away(self) -> Tensor:
+        self.sd = self.variance.clamp(min=1e-14).sqrt()
+        return self.sd[:, None] * self.z
 
     def average(self, x: Tensor) -> Tensor:  # (c, q, k) -> (c, k)
         """Expectation of what is known at the nodes."""

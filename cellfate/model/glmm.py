@@ -30,11 +30,12 @@ class Data:
     terms: tuple[str, ...]
     offset: Tensor
     copies: int = 1  # of the cells, one after the other: fields of a fate that has several
+    sets: int = 1  # of fixed effects; each copy has its own, or combines them, the first has the first
 
     @property
     def own_design(self) -> Tensor:
         """Design of one copy."""
-        n, p = self.n // self.copies, self.design.shape[1] // self.copies
+        n, p = self.n // self.copies, self.design.shape[1] // self.sets
         return self.design[:n, :p]
 
     def some(self, count: int) -> np.ndarray:
@@ -53,7 +54,7 @@ class Data:
     def at(self, cells: np.ndarray) -> Data:
         """The same for some of the cells."""
         index = torch.as_tensor(cells, device=self.offset.device)
-        return Data(self.outcome.at(index), self.design[index], self.terms, self.offset[index], self.copies)
+        return Data(self.outcome.at(index), self.design[index], self.terms, self.offset[index], self.copies, self.sets)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Model:
     @cached_property
     def beta_sd(self) -> Tensor:
         """Prior sd (p,) of the fixed effects, wide on the scale of the data."""
-        return self._beta_sd(self.data.own_design).repeat(self.data.copies)
+        return self._beta_sd(self.data.own_design).repeat(self.data.sets)
 
     def _beta_sd(self, x: Tensor) -> Tensor:
         spec = parse_prior("beta", self.priors["beta"]) if "beta" in self.priors else None

@@ -39,10 +39,10 @@ def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> 
         shape = {h.name: values[h.parameter(c.name)] for h in c.kernel.hyperparameters}
         out[c.name] = c.kernel.contribution(values[f"sd_{c.name}"], shape)
     if has_covariates(model):
-        design, copies = model.data.own_design, model.data.copies
+        design, sets = model.data.own_design, model.data.sets
         covariance = np.atleast_2d(np.cov(design.cpu().numpy(), rowvar=False))
-        of_copy = beta.reshape(len(beta), copies, -1)
-        out[FIXED] = np.einsum("scp,pq,scq->s", of_copy, covariance, of_copy) / copies
+        of_set = beta.reshape(len(beta), sets, -1)
+        out[FIXED] = np.einsum("scp,pq,scq->s", of_set, covariance, of_set) / sets
     if model.family.parameter == "variance_residual":
         out[RESIDUAL] = values["sd_residual"] ** 2
     return out

@@ -68,7 +68,7 @@ def test_covariance_is_that_of_centred_fields(problem):
     """Fields of each fate with variances of their own, less their mean over the fates."""
     kernels, _ = problem
     h, variance = contrasts(LEVELS), np.array([0.3, 0.9, 0.0, 1.7])
-    components = own_fields([Component("spatial", kernels["spatial"])], h, NAMES)
+    components = own_fields([Component("spatial", kernels["spatial"])], h.T, NAMES)
     engine = DenseEngine(components, N * (LEVELS - 1), device="cpu", dtype=torch.float64)
     lengthscale = torch.tensor([0.6], dtype=torch.float64)
     values = {"lengthscale": lengthscale, "lengthscale_spatial": lengthscale}
