@@ -19,7 +19,7 @@ from cellfate.engines.dense import DenseEngine
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference import fates
 from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
-from cellfate.inference.free_energy import evaluate
+from cellfate.inference.free_energy import evaluate, likelihood_at
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
 from cellfate.inference.predict import Ask, Draws, Predicted, focused, predict
@@ -242,7 +242,8 @@ class GLMM:
         worst = Status(int(here.fit.status.max()))
         if worst is not Status.CONVERGED:
             warnings.warn(f"free energy: {worst.sentence}.", CellfateWarning, stacklevel=2)
-        free_energy = here.free_energy.cpu().numpy()
+        between = rule.between(likelihood_at(model, at), here.posterior)
+        free_energy = (here.free_energy + between).cpu().numpy()
         mean = (here.posterior.mean + model.shift(at)).cpu().numpy()
         variance = here.posterior.variance.cpu().numpy()
         if self.family.kind == fates.KIND:

@@ -110,7 +110,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     if d == 0:
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
-        return _summarize(model, points, np.ones(1), draws, _Diagnostics(mode.free_energy, -np.inf, 0.0, DRAWS), rng)
+        return _summarize(model, points, np.ones(1), draws, _Diagnostics(float(points.log_posterior[0]), -np.inf, 0.0, DRAWS), rng)
     most = 48 if d <= 3 else 96 if d <= 5 else 192
     if engine.points_at_once(MEMORY) >= MANY and model.data.n <= LARGE:
         count = most = min(2 * most, 256)
@@ -366,7 +366,8 @@ def _evaluate_chunk(
     theta = model.theta(u)
     start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
     here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSER if model.data.n > LARGE else LOOSE)
-    return _keep(model, u, here, here.free_energy + model.log_prior(u), generators)
+    value = here.free_energy + rule.between(likelihood_at(model, theta), here.posterior)
+    return _keep(model, u, here, value + model.log_prior(u), generators)
 
 
 def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:

@@ -86,6 +86,10 @@ class Rule(ABC):
         """
         return posterior.mean.new_zeros(posterior.mean.shape[:-1])
 
+    def between(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
+        """What of the log evidence (points,) lies between cells and is not in :meth:`free_energy`, which the search raises."""
+        return posterior.mean.new_zeros(posterior.mean.shape[:-1])
+
     @abstractmethod
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
@@ -154,6 +158,11 @@ class Variational(Rule):
         correction = (rest.slope_mean * mean_step + rest.slope_variance * variance_step).sum(-1)
         # of variances the part of each cell alone: d tau' (Sigma o Sigma) d tau / 4, the diagonal of it
         return correction + _relative(variance_step, posterior).square().sum(-1) / 4
+
+    def between(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
+        if likelihood.family.quadratic:
+            return super().between(likelihood, posterior)
+        return self._integrals(likelihood, posterior)[1].between(posterior.variance, posterior.smooth)
 
     @classmethod
     def _expectation(cls, likelihood: Likelihood, posterior: Posterior) -> Expectation:

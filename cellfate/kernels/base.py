@@ -99,7 +99,8 @@ class Diagonal(Dense):
     def dense(self, geometry: tuple[Tensor, int]) -> Tensor:
         cells, n = geometry
         inside = self.variances[..., cells.clamp(max=n - 1)]  # (..., blocks, s)
-        return mask_padding(torch.diag_embed(inside), cells, n)
+        same = cells[:, :, None] == cells[:, None, :]  # a cell may be there twice
+        return mask_padding(inside[..., None, :] * same, cells, n)
 
 
 class Kernel(ABC):

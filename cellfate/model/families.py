@@ -81,6 +81,13 @@ class Remainder:
         """Cotangents of the expected slope, less the site itself, and of minus the precision, back to mean and variance."""
         return self.third * variance, 0.5 * (self.third * mean + self.fourth * variance)
 
+    def between(self, variance: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
+        """What of the log evidence (...,) is between cells, which no expectation of single cells holds; nothing, where sites are whole.
+
+        variance: (..., n) of the posterior, with covariance Sigma; smooth: Sigma x for columns x (..., n, k).
+        """
+        return variance.new_zeros(variance.shape[:-1])
+
 
 @lru_cache
 def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:

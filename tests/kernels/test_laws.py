@@ -8,7 +8,7 @@ import torch
 
 from cellfate.errors import DataError
 from cellfate.kernels.base import Component, Given, Kernel, Term, unit_scale
-from cellfate.kernels.fates import OwnField
+from cellfate.kernels.fates import Loaded
 from cellfate.kernels.graph import Composition, Graph
 from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
 from cellfate.kernels.lineage import LINEAGE_KERNELS
@@ -94,7 +94,7 @@ def test_every_kernel_is_on_the_list():
         return below if inspect.isabstract(base) or base.__subclasses__() else [base, *below]
 
     # the field of one fate is over copies of the cells, and its law is that of all fates together: tests/inference/test_per_fate.py
-    assert set(concrete(Kernel)) - {OwnField} == {type(kernel) for kernel in KERNELS.values()}
+    assert set(concrete(Kernel)) - {Loaded} == {type(kernel) for kernel in KERNELS.values()}
 
 
 def test_symmetric_and_positive_semi_definite(kernel):

@@ -9,12 +9,13 @@ import torch
 import cellfate as cf
 from cellfate.engines.dense import DenseEngine
 from cellfate.errors import DataError
-from cellfate.inference.free_energy import evaluate, evaluate_with_gradient
+from cellfate.inference import fates
+from cellfate.inference.free_energy import evaluate, evaluate_with_gradient, likelihood_at
 from cellfate.inference.sites import Variational
 from cellfate.kernels import Brownian, CorrelatedSlopes, Intercepts, Matern32, Slopes
 from cellfate.kernels.base import Component, unit_scale
 from cellfate.model.catalog import get_family
-from cellfate.model.categorical import Categorical, apart, contrasts, stacked
+from cellfate.model.categorical import PROBES, Categorical, apart, contrasts, stacked
 from cellfate.model.families import Outcome
 from cellfate.trees.convert import to_forest
 from tests.problem import double, entries, random_newick
@@ -95,8 +96,9 @@ def test_expectations_by_brute_force(levels, sd, tolerance):
 
 
 @pytest.mark.parametrize("levels", [3, 4])
-def test_gradient_of_the_free_energy(levels):
+def test_gradient_of_the_free_energy_by_contrasts(levels, monkeypatch):
     rng, n = np.random.default_rng(2), 30
+    monkeypatch.setattr(fates, "WHOLE", 0)
     glmm = cf.GLMM("categorical", kernels(n, lengthscale=None), engine="dense")
     glmm.on(rng.integers(0, levels, n), np.ones((n, 1)))
     model, engine, _ = glmm.problem
@@ -137,8 +139,9 @@ def test_free_energy_is_near_the_exact_evidence(variance):
     assert found.free_energy == pytest.approx(exact, abs=0.03 + 4 * error)
 
 
-def test_order_of_the_fates_matters_little():
+def test_order_of_the_fates_matters_little_to_contrasts(monkeypatch):
     """Contrasts of another order are others, and what their products leave out is corrected cell by cell only."""
+    monkeypatch.setattr(fates, "WHOLE", 0)
     rng, n = np.random.default_rng(6), 40
     y, theta = rng.integers(0, 3, n), {"variance_lineage": 1.0, "variance_spatial": 1.0}
     values = [
@@ -198,3 +201,38 @@ def test_what_is_not_there_yet_says_so():
             cf.GLMM("categorical", kernels(), **more).evaluate({"variance_lineage": 1.0, "variance_spatial": 1.0}, y)
     with pytest.raises(DataError, match="no offset"):
         cf.GLMM("categorical", kernels()).fit(y, offset=np.ones(40))
+
+
+@pytest.mark.parametrize("levels", [3, 5])
+def test_what_couples_cells_is_the_trace(levels, monkeypatch):
+    """Against the second-order term written out with the posterior covariance of every contrast."""
+    monkeypatch.setattr(fates, "WHOLE", 0)
+    n, axes = 40, levels - 1
+    y = np.argsort(kernels(n)["spatial"].coordinates[:, 0]) * levels // n  # fates of bands of tissue
+    glmm = cf.GLMM("categorical", kernels(n))
+    glmm.on(y, np.ones((n, 1)))
+    model, engine, _ = glmm.problem
+    theta, _ = model.from_natural({"variance_lineage": [1.0, 2.5], "variance_spatial": [0.5, 1.0]})
+    here = evaluate(model, engine, theta, Variational())
+    _, rest = likelihood_at(model, theta).integrals(here.posterior.mean, here.posterior.variance)
+    everything = here.posterior.smooth(torch.eye(axes * n, dtype=torch.float64).expand(2, -1, -1))
+    for i, sigma in enumerate(everything):
+        c = torch.zeros(axes, n, axes, n, dtype=torch.float64)
+        for a, b in itertools.permutations(range(axes), 2):
+            c[a, :, b, :] = torch.diag(rest.cross[i, :, a, b])
+        product = sigma @ c.reshape(axes * n, -1)
+        own = sigma.diagonal().reshape(axes, n)
+        within = torch.einsum("nab,an,bn->", rest.cross[i].square(), own, own)
+        exact = float(((product @ product).diagonal().sum() - within) / 4)
+        assert exact > 0.01
+        # a Hutchinson estimate of a symmetric part S has variance 2 (|S|^2 - |diag S|^2) / probes, and signs of contrasts are apart
+        s = (product @ product + (product @ product).T) / 2
+        error = float((2 * (s.square().sum() - s.diagonal().square().sum()) / PROBES).sqrt()) / 4
+        found = float(Variational().between(likelihood_at(model, theta), here.posterior)[i])
+        assert found == pytest.approx(exact, abs=4 * error)
+        assert error < 0.5 * exact
+    of_two = cf.GLMM("categorical", kernels(n))
+    of_two.on(y % 2, np.ones((n, 1)))
+    model, engine, _ = of_two.problem
+    here = evaluate(model, engine, model.theta(model.start()[None]), Variational())
+    assert float(Variational().between(likelihood_at(model, here.theta), here.posterior)) == 0.0
