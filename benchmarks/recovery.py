@@ -2,8 +2,10 @@
 
     python benchmarks/recovery.py --family ordinal --sets 50 --n 500
     python benchmarks/recovery.py --family poisson_olre --sets 50 --n 500
+    python benchmarks/recovery.py --family categorical_per_fate --sets 50 --n 500
 
-`poisson_olre`: counts whose cells differ by an effect of their own, too.
+`poisson_olre`: counts whose cells differ by an effect of their own, too. `categorical_per_fate`: three fates, whose variances differ
+and are estimated one by one.
 
 Sets differ in tree, positions and chance. Printed for each component: the true variance, mean over sets of the posterior median and
 of the mode, their bias relative to the truth with its Monte-Carlo error, and how often the 95% interval holds the truth. The
@@ -27,7 +29,15 @@ from machine import set_threads, table, write
 TRUTH = {"lineage": 1.0, "spatial": 1.0}
 LENGTHSCALE = 0.5
 OLRE = 0.5
-MORE = {"binomial": {"trials": "trials"}, "poisson_olre": {"olre": True}}  # arguments of the fit that a family needs
+PER_FATE = {
+    "lineage": (3.0, 1.5, 1.5),
+    "spatial": (1.5, 3.0, 1.5),
+}  # of the fates' own effects, a third of which is reported
+MORE = {
+    "binomial": {"trials": "trials"},
+    "poisson_olre": {"olre": True},
+    "categorical_per_fate": {"per_fate": True},
+}  # arguments of the fit that a family needs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,17 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     warnings.simplefilter("ignore", cf.CellfateWarning)
     logging.getLogger("cellfate").setLevel(logging.ERROR)
-    family = options.family.removesuffix("_olre")
-    truth = TRUTH | ({"olre": OLRE} if family != options.family else {})
+    family = options.family.removesuffix("_olre").removesuffix("_per_fate")
+    olre, own = options.family.endswith("_olre"), options.family.endswith("_per_fate")
+    truth = TRUTH | ({"olre": OLRE} if olre else {})
+    if own:
+        truth = {f"{name}[{k}]": v / len(of) for name, of in PER_FATE.items() for k, v in enumerate(of)}
     found: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth}
     began = time.perf_counter()
     for k in range(options.sets):
         seed = np.random.SeedSequence([options.seed, k, options.n])
-        variances = {f"variance_{name}": value for name, value in TRUTH.items()}
-        of = {"family": family} if family == options.family else {"family": "gaussian", "variance_residual": OLRE}
+        variances = {f"variance_{name}": value for name, value in (PER_FATE if own else TRUTH).items()}
+        of = {"family": "gaussian", "variance_residual": OLRE} if olre else {"family": family}
         rng = np.random.default_rng(seed)
         adata = cf.datasets.simulate(options.n, **of, **variances, lengthscale=LENGTHSCALE, rng=rng)
-        if family != options.family:  # what was measured is the log rate
+        if olre:  # what was measured is the log rate
             adata.obs["fate"] = rng.poisson(np.exp(adata.obs["fate"]))
         cf.tl.decompose(adata, "fate", family=family, lengthscale=LENGTHSCALE, rng=k, **MORE.get(options.family, {}))
         draws, mode = cf.get.draws(adata), adata.uns["cellfate"]["mode"]

@@ -34,8 +34,8 @@ def simulate(
     *,
     family: str = "bernoulli",
     link: str | None = None,
-    variance_lineage: float = 1.0,
-    variance_spatial: float = 1.0,
+    variance_lineage: float | Sequence[float] = 1.0,
+    variance_spatial: float | Sequence[float] = 1.0,
     lengthscale: float = 0.5,
     inheritance: float = 0.5,
     lineage_kernel: str = "brownian",
@@ -96,7 +96,8 @@ def simulate(
     trials, dispersion, variance_residual, precision, cut_points
         Of the binomial, the negative binomial, the gaussian, the beta and the ordinal family. Cut points rise from 0.
     n_fates
-        Of the categorical family: each fate has effects of its own with these variances, less their mean over the fates.
+        Of the categorical family: each fate has effects of its own, less their mean over the fates, with these variances, one for all or
+        one each, of which :func:`cellfate.tl.decompose` with `per_fate=True` reports the `n_fates`-th parts.
     death
         Death rate over birth rate, 0 up to 1.
     groups
@@ -113,7 +114,9 @@ def simulate(
     from anndata import AnnData
 
     coefficients, groups = dict(coefficients or {}), dict(groups or {})
-    variances = {"variance_lineage": variance_lineage, "variance_spatial": variance_spatial}
+    wide = _each("variance_lineage", variance_lineage, family, n_fates)
+    broad = _each("variance_spatial", variance_spatial, family, n_fates)
+    variances = {"variance_lineage": min(wide), "variance_spatial": min(broad)}
     variances |= {"variance_residual": variance_residual} | {f"groups[{k!r}]": v for k, (_, v) in groups.items()}
     _need(n >= 2, "n", n, "2 cells or more")
     _need(1 <= n_specimens <= n, "n_specimens", n_specimens, f"between 1 and n = {n}")
@@ -150,11 +153,11 @@ def simulate(
 
     marks = [f"[{fate}]" for fate in range(n_fates)] if family == "categorical" else [""]
     effects = pd.DataFrame(index=names)
-    for mark in marks:
+    for mark, of_lineage, of_spatial in zip(marks, wide, broad, strict=True):
         lineage, scale_lineage = _lineage_field(forest, leaf, lineage_kernel, hyper, rng)
         spatial, scale_spatial = _spatial_field(xyz, specimen, spatial_kernel, lengthscale, rng)
-        effects[f"lineage{mark}"] = np.sqrt(variance_lineage / scale_lineage) * lineage
-        effects[f"spatial{mark}"] = np.sqrt(variance_spatial / scale_spatial) * spatial
+        effects[f"lineage{mark}"] = np.sqrt(of_lineage / scale_lineage) * lineage
+        effects[f"spatial{mark}"] = np.sqrt(of_spatial / scale_spatial) * spatial
     obs = pd.DataFrame(index=names)
     if n_specimens > 1:
         obs["specimen"] = pd.Categorical.from_codes(specimen, [f"specimen{i}" for i in range(n_specimens)])
@@ -188,8 +191,8 @@ def simulate(
     truth: dict[str, Any] = {
         "family": family,
         "link": outcome.link,
-        "variance_lineage": float(variance_lineage),
-        "variance_spatial": float(variance_spatial),
+        "variance_lineage": wide[0] if np.ndim(variance_lineage) == 0 else np.array(wide),
+        "variance_spatial": broad[0] if np.ndim(variance_spatial) == 0 else np.array(broad),
         "lineage_kernel": lineage_kernel,
         **hyper,
         "spatial_kernel": spatial_kernel,
@@ -213,6 +216,17 @@ def simulate(
         truth["cut_points"] = np.array(cut_points, dtype=float)
     adata.uns["truth"] = truth
     return adata
+
+
+def _each(name: str, variance: float | Sequence[float], family: str, n_fates: int) -> list[float]:
+    """A variance for each fate, of which all families but one have a single one."""
+    count = n_fates if family == "categorical" else 1
+    if np.ndim(variance) == 0:
+        return [float(variance)] * count  # type: ignore[arg-type]
+    found = [float(v) for v in variance]  # type: ignore[union-attr]
+    wanted = "a number" if family != "categorical" else f"a number, or one for each of {n_fates} fates"
+    _need(family == "categorical" and len(found) == count, name, found, wanted)
+    return found
 
 
 # --- trees and positions --------------------------------------------------------------------------------------------------

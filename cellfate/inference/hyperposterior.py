@@ -110,7 +110,9 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     if d == 0:
         points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
-        return _summarize(model, points, np.ones(1), draws, _Diagnostics(float(points.log_posterior[0]), -np.inf, 0.0, DRAWS), rng)
+        return _summarize(
+            model, points, np.ones(1), draws, _Diagnostics(float(points.log_posterior[0]), -np.inf, 0.0, DRAWS), rng
+        )
     most = 48 if d <= 3 else 96 if d <= 5 else 192
     if engine.points_at_once(MEMORY) >= MANY and model.data.n <= LARGE:
         count = most = min(2 * most, 256)

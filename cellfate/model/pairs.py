@@ -108,9 +108,13 @@ class Pairs(Categorical):
             # a cotangent of contrasts as one of differences that acts on them alike
             back = torch.as_tensor(loadings(len(at.h))).to(m).mT * (2 / len(at.h))
             moments = tuple(x.detach() for x in (live.value, slope, precision, rest))
-            return *moments, in_mean @ back, in_variance, *(torch.stack(x, -2) for x in (third, fourth)), torch.stack(
-                bend, -2
-            ) @ back
+            return (
+                *moments,
+                in_mean @ back,
+                in_variance,
+                *(torch.stack(x, -2) for x in (third, fourth)),
+                torch.stack(bend, -2) @ back,
+            )
 
         found = self._integrate_cells(reduce, outcome, mean, variance)
         value, slope, precision, rest, in_mean, in_variance, third, fourth, bend = found

@@ -457,3 +457,26 @@ def test_a_hundred_thousand_cells_take_seconds():
 def test_what_cannot_be_simulated(settings, message):
     with pytest.raises(DataError, match=message):
         simulate(**({"n": 20, "rng": 0} | settings))
+
+
+def test_fates_can_have_variances_of_their_own():
+    adata = simulate(400, family="categorical", n_fates=3, variance_lineage=(6.0, 0.0, 1.5), variance_spatial=1.0, rng=0)
+    effects = adata.obsm["truth_effects"]
+    own = effects[[f"lineage[{k}]" for k in range(3)]].to_numpy()
+    np.testing.assert_allclose(own.sum(1), 0, atol=1e-12)
+    # fate 1 has no effect of its own: less the mean of the three it is that of the others, halved
+    equal = simulate(400, family="categorical", n_fates=3, variance_lineage=1.5, variance_spatial=1.0, rng=0)
+    same = equal.obsm["truth_effects"][[f"lineage[{k}]" for k in range(3)]].to_numpy()
+    fields = np.linalg.lstsq(np.eye(3) - 1 / 3, same.T, rcond=None)[0].T  # up to one that all share
+    free = own[:, [0, 2]] - own[:, [1]]  # the fields of fates 0 and 2
+    shared = free[:, 1] - (fields[:, 2] - fields[:, 1])  # minus the field of fate 1, which here is none
+    np.testing.assert_allclose(free[:, 0] / 2, fields[:, 0] - fields[:, 1] + shared, atol=1e-10)
+    np.testing.assert_array_equal(adata.uns["truth"]["variance_lineage"], [6.0, 0.0, 1.5])
+    assert adata.uns["truth"]["variance_spatial"] == 1.0
+    assert own[:, 0].var() > 3 * own[:, 1].var()
+    with pytest.raises(DataError, match="one for each of 3 fates"):
+        simulate(20, family="categorical", variance_lineage=(1.0, 2.0))
+    with pytest.raises(DataError, match="variance_spatial"):
+        simulate(20, variance_spatial=(1.0, 2.0))
+    with pytest.raises(DataError, match="variance_lineage"):
+        simulate(20, family="categorical", variance_lineage=(1.0, -2.0, 1.0))
