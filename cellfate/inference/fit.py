@@ -110,7 +110,7 @@ class GLMM:
         Tensors are taken from any device.
     per_fate
         For ``"categorical"``: a variance of each component for every fate, `lineage[<fate>]` and so on, in place of a shared one.
-        Length-scales stay shared. Needs the dense engine.
+        Length-scales stay shared. Needs the dense engine, over pairs of fates times cells.
 
     Examples
     --------
