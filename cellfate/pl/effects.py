@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
 
-MOST = 12  # specimens drawn unasked
+MOST = 12  # specimens drawn unasked,
+PANELS = 36  # and fewer where with all components that would be more panels
 
 
 def effects(
@@ -63,7 +64,8 @@ def effects(
     library_key
         Column of `adata.obs` that tells specimens apart; by default that of the fit.
     specimen
-        One or several specimens; by default all, or the twelve with most cells.
+        One or several specimens; by default all, or the twelve with most cells, and fewer where there are many components, such as those
+        of several fates.
     size
         Area of a cell's marker, in square points.
     vmax
@@ -89,8 +91,8 @@ def effects(
     table, params = get.effects(adata, key), get.params(adata, key)
     library_key = library_key or params.get("library_key") or None
     xyz = _coordinates(adata, basis, dims)
-    specimens = _specimens(adata, library_key, specimen)
     components = _components(table, components, adata.obs[library_key] if library_key else None)
+    specimens = _specimens(adata, library_key, specimen, min(MOST, max(1, PANELS // len(components))))
     panels = [
         Panel(c, name, xyz[rows], table[f"{c}_mean"].to_numpy(dtype=float)[rows])
         for c in components
@@ -160,9 +162,9 @@ def _coordinates(adata: AnnData, basis: str, dims: Sequence[int] | None) -> np.n
 
 
 def _specimens(
-    adata: AnnData, library_key: str | None, wanted: str | Sequence[str] | None
+    adata: AnnData, library_key: str | None, wanted: str | Sequence[str] | None, most: int
 ) -> list[tuple[str, np.ndarray]]:
-    """Name and rows of each specimen to draw."""
+    """Name and rows of each specimen to draw, of the largest `most` unless they are asked for."""
     if library_key is None:
         if wanted is not None:
             raise ValueError(f"specimen is {wanted!r}, but `library_key`, which tells specimens apart, is not given.")
@@ -172,9 +174,9 @@ def _specimens(
     labels = adata.obs[library_key].astype(str).to_numpy()
     names, counts = np.unique(labels, return_counts=True)
     if wanted is None:
-        shown = sorted(names[np.argsort(-counts, kind="stable")[:MOST]], key=_natural)
+        shown = sorted(names[np.argsort(-counts, kind="stable")[:most]], key=_natural)
         if len(shown) < len(names):
-            logger.info("drawing the %d largest of %d specimens: choose others with `specimen`", MOST, len(names))
+            logger.info("drawing the %d largest of %d specimens: choose others with `specimen`", most, len(names))
     else:
         shown = [wanted] if isinstance(wanted, str) else [str(s) for s in wanted]
         if unknown := [s for s in shown if s not in set(names)]:

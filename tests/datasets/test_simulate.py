@@ -460,7 +460,9 @@ def test_what_cannot_be_simulated(settings, message):
 
 
 def test_fates_can_have_variances_of_their_own():
-    adata = simulate(400, family="categorical", n_fates=3, variance_lineage=(6.0, 0.0, 1.5), variance_spatial=1.0, rng=0)
+    adata = simulate(
+        400, family="categorical", n_fates=3, variance_lineage=(6.0, 0.0, 1.5), variance_spatial=1.0, rng=0
+    )
     effects = adata.obsm["truth_effects"]
     own = effects[[f"lineage[{k}]" for k in range(3)]].to_numpy()
     np.testing.assert_allclose(own.sum(1), 0, atol=1e-12)

@@ -116,6 +116,18 @@ def test_specimens_are_small_multiples():
     assert len(cells_of(ax).get_array()) == in_it.sum()
 
 
+def test_with_many_components_fewer_specimens_are_drawn(caplog):
+    """As of several fates: panels of all components, and no page of yards."""
+    adata = synthetic_result(n=400, specimens=5)
+    table = adata.obsm["cellfate_effects"]
+    for k in range(1, 9):
+        table[f"lineage[{k}]_mean"], table[f"lineage[{k}]_sd"] = table["lineage_mean"] * k, table["lineage_sd"]
+    with caplog.at_level("INFO", logger="cellfate"):
+        assert len(cf.pl.effects(adata)) == 10 * 3
+    assert "the 3 largest of 5 specimens" in caplog.text
+    assert len(cf.pl.effects(adata, specimen=[f"embryo {i}" for i in range(1, 5)])) == 10 * 4
+
+
 def test_of_many_specimens_the_largest_are_drawn(caplog):
     adata = synthetic_result(n=900, specimens=15)
     with caplog.at_level("INFO", logger="cellfate"):
