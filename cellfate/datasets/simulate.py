@@ -114,10 +114,9 @@ def simulate(
     from anndata import AnnData
 
     coefficients, groups = dict(coefficients or {}), dict(groups or {})
-    wide = _each("variance_lineage", variance_lineage, family, n_fates)
-    broad = _each("variance_spatial", variance_spatial, family, n_fates)
-    variances = {"variance_lineage": min(wide), "variance_spatial": min(broad)}
-    variances |= {"variance_residual": variance_residual} | {f"groups[{k!r}]": v for k, (_, v) in groups.items()}
+    of_lineage = _each("variance_lineage", variance_lineage, family, n_fates)
+    of_spatial = _each("variance_spatial", variance_spatial, family, n_fates)
+    variances = {"variance_residual": variance_residual} | {f"groups[{k!r}]": v for k, (_, v) in groups.items()}
     _need(n >= 2, "n", n, "2 cells or more")
     _need(1 <= n_specimens <= n, "n_specimens", n_specimens, f"between 1 and n = {n}")
     _need(dimensions in (2, 3), "dimensions", dimensions, "2 or 3")
@@ -153,11 +152,11 @@ def simulate(
 
     marks = [f"[{fate}]" for fate in range(n_fates)] if family == "categorical" else [""]
     effects = pd.DataFrame(index=names)
-    for mark, of_lineage, of_spatial in zip(marks, wide, broad, strict=True):
+    for mark, v_lineage, v_spatial in zip(marks, of_lineage, of_spatial, strict=True):
         lineage, scale_lineage = _lineage_field(forest, leaf, lineage_kernel, hyper, rng)
         spatial, scale_spatial = _spatial_field(xyz, specimen, spatial_kernel, lengthscale, rng)
-        effects[f"lineage{mark}"] = np.sqrt(of_lineage / scale_lineage) * lineage
-        effects[f"spatial{mark}"] = np.sqrt(of_spatial / scale_spatial) * spatial
+        effects[f"lineage{mark}"] = np.sqrt(v_lineage / scale_lineage) * lineage
+        effects[f"spatial{mark}"] = np.sqrt(v_spatial / scale_spatial) * spatial
     obs = pd.DataFrame(index=names)
     if n_specimens > 1:
         obs["specimen"] = pd.Categorical.from_codes(specimen, [f"specimen{i}" for i in range(n_specimens)])
@@ -191,8 +190,8 @@ def simulate(
     truth: dict[str, Any] = {
         "family": family,
         "link": outcome.link,
-        "variance_lineage": wide[0] if np.ndim(variance_lineage) == 0 else np.array(wide),
-        "variance_spatial": broad[0] if np.ndim(variance_spatial) == 0 else np.array(broad),
+        "variance_lineage": of_lineage[0] if np.ndim(variance_lineage) == 0 else np.array(of_lineage),
+        "variance_spatial": of_spatial[0] if np.ndim(variance_spatial) == 0 else np.array(of_spatial),
         "lineage_kernel": lineage_kernel,
         **hyper,
         "spatial_kernel": spatial_kernel,
@@ -221,11 +220,11 @@ def simulate(
 def _each(name: str, variance: float | Sequence[float], family: str, n_fates: int) -> list[float]:
     """A variance for each fate, of which all families but one have a single one."""
     count = n_fates if family == "categorical" else 1
-    if np.ndim(variance) == 0:
-        return [float(variance)] * count  # type: ignore[arg-type]
-    found = [float(v) for v in variance]  # type: ignore[union-attr]
-    wanted = "a number" if family != "categorical" else f"a number, or one for each of {n_fates} fates"
-    _need(family == "categorical" and len(found) == count, name, found, wanted)
+    single = np.ndim(variance) == 0
+    found = [float(v) for v in ([variance] * count if single else variance)]  # type: ignore[union-attr, list-item, arg-type]
+    wanted = f"a number, or one for each of {n_fates} fates" if family == "categorical" else "a number"
+    _need(single or (family == "categorical" and len(found) == count), name, variance, wanted)
+    _need(all(0 <= v < np.inf for v in found), name, variance, "a variance, zero or more and finite")
     return found
 
 

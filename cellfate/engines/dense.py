@@ -24,7 +24,8 @@ from cellfate.errors import DataError
 from cellfate.kernels.base import Basis, Component, Dense, Term, sample_variance
 
 WEAK = 1e-4  # below this share of information from its own site, a cell's variance is computed without a difference
-JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it
+JITTER = 1e-9  # added, relative to the mean variance, to factor a singular prior when drawing from it; more where rounding asks for it,
+MOST_JITTER = 1e-2  # at most
 
 
 def invert_lower(lower: Tensor, leaf: int = 128) -> Tensor:
@@ -171,17 +172,22 @@ class DenseEngine(Engine):
         return float(self.blocks.entries * self.like.element_size() * matrices)
 
     def factor(self, name: str, unit: list[Tensor]) -> list[Tensor]:
-        """Lower factors of a unit covariance, per stack, with :data:`JITTER` on the diagonal."""
+        """Lower factors of a unit covariance, per stack, with :data:`JITTER` on the diagonal, or ten times that until they are there."""
         if name in self._factors:
             return self._factors[name]
         out = []
         for k in unit:
             diagonal = k.diagonal(dim1=-2, dim2=-1)
-            jitter = JITTER * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny) + (diagonal == 0)
-            raised = k.clone()
-            raised.diagonal(dim1=-2, dim2=-1).add_(jitter)
+            mean = diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny)
+            raised, jitter, added = k + torch.diag_embed((diagonal == 0).to(k)), JITTER, 0.0
+            while True:
+                raised.diagonal(dim1=-2, dim2=-1).add_((jitter - added) * mean)
+                lower, info = torch.linalg.cholesky_ex(raised)
+                if not bool(info.any()) or jitter > MOST_JITTER:
+                    break
+                jitter, added = 10 * jitter, jitter
             # a cell without prior variance has none in a draw either
-            out.append(torch.linalg.cholesky(raised) * (diagonal != 0)[..., None])
+            out.append(lower * (diagonal != 0)[..., None])
         if name in self._constant:
             self._factors[name] = out
         return out

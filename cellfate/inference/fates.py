@@ -11,7 +11,7 @@ import numpy as np
 from cellfate.errors import DataError
 from cellfate.inference.arrays import array
 from cellfate.inference.hyperposterior import Hyperposterior
-from cellfate.kernels.base import Component
+from cellfate.kernels.base import Component, Kernel
 from cellfate.kernels.fates import Loaded, can_be_loaded, own_fields
 from cellfate.model.categorical import Categorical, contrasts
 from cellfate.model.checks import check_finite, check_levels
@@ -21,7 +21,8 @@ from cellfate.model.pairs import Pairs, differences, loadings, variances_of_fate
 
 KIND = "fates"  # of a family
 NEAR_ONE = 1e-6  # that probabilities sum to
-WHOLE = 1_500  # pairs of fates times cells of a block up to which sites of all pairs are taken where sites of contrasts would do
+# pairs of fates times cells of a block, and entries of all blocks, up to which sites of all pairs are taken where contrasts would do
+WHOLE, ENTRIES = 1_500, 10 * 1_500**2
 
 
 def weights_of(response: str, y: Any) -> np.ndarray:
@@ -103,10 +104,10 @@ class Form:
         names = tuple(f"{term}[contrast {j}]" for j in range(self.levels - 1) for term in terms)
         return np.kron(self._of_contrasts, design), names
 
-    def components(self, components: Sequence[Component], called: Sequence[str] | None) -> tuple[Component, ...]:
-        """Components over the copies, with a variance for each of the fates that are `called`, or one for all."""
-        if called is not None:
-            return own_fields(components, self._of_fates, called)
+    def components(self, components: Sequence[Component], each: Sequence[str] | None) -> tuple[Component, ...]:
+        """Components over the copies, with one variance, or one for `each` of the fates by name."""
+        if each is not None:
+            return own_fields(components, self._of_fates, each)
         if self.paired:
             return tuple(Component(c.name, Loaded(c.kernel, self._of_contrasts, c.name)) for c in components)
         return tuple(Component(c.name, c.kernel.copied(self.copies)) for c in components)
@@ -117,7 +118,8 @@ class Form:
 
     def variances_by_fate(self, x: np.ndarray) -> np.ndarray:
         """The same of variances; contrasts are independent a posteriori, and pairs say all about each other."""
-        return self._apart(x) @ (variances_of_fates(self.levels) if self.paired else self._of_fates**2)
+        found = self._apart(x) @ (variances_of_fates(self.levels) if self.paired else self._of_fates**2)
+        return found.clip(min=0)  # of rounding
 
     def variance_of_field(self, x: np.ndarray) -> np.ndarray:  # (copies * n) -> (n,)
         """Variance of a fate's latent value that comes from its own field, of which each copy has its part."""
@@ -128,25 +130,30 @@ class Form:
         return np.moveaxis(x.reshape(*x.shape[:-1], self.copies, -1), -2, -1)
 
 
+def has_contrasts(kernel: Kernel) -> bool:
+    """Whether independent copies of its cells are there for it."""
+    return type(kernel).copied is not Kernel.copied
+
+
 def can_be_paired(components: Sequence[Component], levels: int) -> bool:
     """Whether sites of all pairs are there for these components, and another thing than those of contrasts."""
     return levels > 2 and all(can_be_loaded(c.kernel) for c in components)
 
 
-def called(names: Sequence[str] | None, levels: int) -> list[str]:
+def fate_names(names: Sequence[str] | None, levels: int) -> list[str]:
     """The fates by what they are called in tables."""
     return [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
 
 
 def priors_by_fate(
-    components: Sequence[Component], called: Sequence[str], priors: Mapping[str, object]
+    components: Sequence[Component], each: Sequence[str], priors: Mapping[str, object]
 ) -> dict[str, object]:
     """Priors where every fate has a variance of its own: one that was given for all is that of each."""
     found = dict(priors)
     for c in components:
         if (key := f"sd_{c.name}") in found:
             shared = found.pop(key)
-            found = {f"{key}[{name}]": shared for name in called} | found
+            found = {f"{key}[{name}]": shared for name in each} | found
     return found
 
 
@@ -155,7 +162,7 @@ def told_by_fate(
 ) -> tuple[Hyperposterior, tuple[str, ...]]:
     """Effects and fixed effects of each fate in place of those of copies, and what the latter are called."""
     form = Form.of(model)
-    levels, names = form.levels, called(names, form.levels)
+    levels, names = form.levels, fate_names(names, form.levels)
     own = {c.name: k.fate for c in model.components if isinstance(k := c.kernel, Loaded) and k.fate is not None}
     effects: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for component, (mean, sd) in posterior.effects.items():
@@ -163,7 +170,7 @@ def told_by_fate(
         if component in own:
             effects[component] = means[:, own[component]], np.sqrt(form.variance_of_field(sd**2))
             continue
-        sds = np.sqrt(form.variances_by_fate(sd**2).clip(min=0))
+        sds = np.sqrt(form.variances_by_fate(sd**2))
         effects |= {f"{component}[{name}]": (means[:, k], sds[:, k]) for k, name in enumerate(names)}
     beta = np.einsum(
         "scp,kc->spk", posterior.beta.reshape(len(posterior.beta), levels - 1, len(terms)), contrasts(levels)

@@ -14,12 +14,12 @@ import torch
 
 from cellfate._runtime import SeedLike, announce, generator, out_of_memory, resolve_device, resolve_dtype
 from cellfate.engines.base import Engine
-from cellfate.engines.choose import ENGINES, NOT_YET, choose
+from cellfate.engines.choose import ENGINES, NOT_YET, SHARE_OF_MEMORY, choose, free_memory
 from cellfate.engines.dense import DenseEngine
 from cellfate.errors import CellfateWarning, DataError, unknown
 from cellfate.inference import fates
 from cellfate.inference.arrays import check_single_cells, checked_priors, named_components, numbers, term_names
-from cellfate.inference.free_energy import evaluate, likelihood_at
+from cellfate.inference.free_energy import evaluate, log_evidence
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
 from cellfate.inference.predict import Ask, Draws, Predicted, focused, predict
@@ -157,7 +157,7 @@ class GLMM:
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
         self.engine_name, self.rank = engine, rank
-        self._engine: tuple[Engine, str, tuple[int, tuple[str, ...]]] | None = None  # and for what it was made
+        self._engine: tuple[Engine, str, tuple[Any, ...]] | None = None  # and for what it was made
         self._problem: tuple[Model, Engine, str] | None = None
 
     def fit(
@@ -242,8 +242,7 @@ class GLMM:
         worst = Status(int(here.fit.status.max()))
         if worst is not Status.CONVERGED:
             warnings.warn(f"free energy: {worst.sentence}.", CellfateWarning, stacklevel=2)
-        between = rule.between(likelihood_at(model, at), here.posterior)
-        free_energy = (here.free_energy + between).cpu().numpy()
+        free_energy = log_evidence(model, here, rule).cpu().numpy()
         mean = (here.posterior.mean + model.shift(at)).cpu().numpy()
         variance = here.posterior.variance.cpu().numpy()
         if self.family.kind == fates.KIND:
@@ -261,10 +260,11 @@ class GLMM:
         *,
         trials: Any = None,
         terms: Sequence[str] | None = None,
+        levels: Sequence[str] | None = None,
         response: str = "y",
     ) -> GLMM:
         """The model with the data of an earlier fit, whose draws :meth:`ancestors` and :meth:`elsewhere` are then given."""
-        self._problem = self._build(y, X, offset, trials, terms, response)
+        self._problem = self._build(y, X, offset, trials, terms, response, levels)
         return self
 
     def ancestors(
@@ -389,9 +389,9 @@ class GLMM:
         terms_ = term_names(terms, design.shape[1])
         if terms_:
             check_design(design, terms_, rows_, "X")
-        called = fates.called(names, levels) if self.per_fate else None
-        priors = fates.priors_by_fate(self.components, called, self.priors) if called else self.priors
-        form, components, engine, why = self._form(levels, called, n)
+        each = fates.fate_names(names, levels) if self.per_fate else None
+        priors = fates.priors_by_fate(self.components, each, self.priors) if each else self.priors
+        form, components, engine, why = self._form(levels, each, n)
         seen, total = form.outcome(weights)
         outcome = Outcome(self._tensor(seen), self._tensor(total), levels)
         x, terms_ = form.design(design, terms_)
@@ -400,23 +400,29 @@ class GLMM:
         return Model(form.family, components, data, priors, True), engine, why
 
     def _form(
-        self, levels: int, called: Sequence[str] | None, n: int
+        self, levels: int, each: Sequence[str] | None, n: int
     ) -> tuple[fates.Form, tuple[Component, ...], Engine, str]:
-        """Fates by contrasts or by all pairs, the components over the copies, their engine and why it is that one."""
-        paired, single = fates.Form(levels, True), fates.Form(levels)
-        can = fates.can_be_paired(self.components, levels) and self.engine_name != "structured"
-        if called is not None or can:
-            components, size = paired.components(self.components, called), paired.copies * n
-            # with variances by fate contrasts would depend on each other
-            blocks = DenseEngine(components, size, device=self.device, dtype=self.dtype).blocks
-            if called is not None or blocks.largest <= fates.WHOLE:
-                engine, why = self._chosen(components, size)
-                return paired, components, engine, f"{why}, sites of all pairs of fates"
-        components = single.components(self.components, None)
-        return single, components, *self._chosen(components, single.copies * n)
+        """Fates by contrasts or by all pairs, the components over the copies, their engine and why it is that one.
 
-    def _chosen(self, components: Sequence[Component], n: int) -> tuple[Engine, str]:
-        made_for = (n, tuple(c.name for c in components))
+        each: names of the fates, where they have variances of their own. Contrasts would depend on each other then.
+        """
+        form = fates.Form(levels, paired=True)
+        alone = each is not None or not all(fates.has_contrasts(c.kernel) for c in self.components)
+        if alone or (
+            self.engine_name != "structured" and self.rank is None and fates.can_be_paired(self.components, levels)
+        ):
+            components, size = form.components(self.components, each), form.copies * n
+            dense = DenseEngine(components, size, device=self.device, dtype=self.dtype)
+            small = dense.blocks.largest <= fates.WHOLE and dense.blocks.entries <= fates.ENTRIES
+            if alone or (small and dense.bytes_per_point() <= SHARE_OF_MEMORY * free_memory(self.device)):
+                engine, why = self._chosen(components, size, form)
+                return form, components, engine, f"{why}: {n} cells by {form.copies} pairs of fates"
+        form = fates.Form(levels)
+        components = form.components(self.components, None)
+        return form, components, *self._chosen(components, form.copies * n, form)
+
+    def _chosen(self, components: Sequence[Component], n: int, form: fates.Form | None = None) -> tuple[Engine, str]:
+        made_for = (n, tuple(c.name for c in components), form)
         if self._engine is None or self._engine[2] != made_for:
             made = choose(self.engine_name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
             self._engine = *made, made_for

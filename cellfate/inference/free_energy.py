@@ -63,6 +63,11 @@ def evaluate(
         return Evaluation(rule.free_energy(likelihood, fit.posterior) + fit.drift, fit, terms, theta)
 
 
+def log_evidence(model: Model, here: Evaluation, rule: Rule) -> Tensor:
+    """The free energy (points,) with what the search for the mode, which goes by gradients, leaves out: couplings between cells."""
+    return here.free_energy + rule.between(likelihood_at(model, here.theta), here.posterior)
+
+
 def evaluate_with_gradient(
     model: Model, engine: Engine, u: Tensor, rule: Rule, *, start: Sites | None = None, tolerance: float = 1e-7
 ) -> Evaluation:

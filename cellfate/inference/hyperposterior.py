@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cellfate._runtime import logger, out_of_memory, progress
 from cellfate.engines.base import Engine, Sites
-from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at
+from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at, log_evidence
 from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
 from cellfate.inference.mode import LARGE, MEMORY, Mode, at_once
 from cellfate.inference.sites import Laplace, Likelihood, Rule
@@ -368,8 +368,7 @@ def _evaluate_chunk(
     theta = model.theta(u)
     start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
     here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSER if model.data.n > LARGE else LOOSE)
-    value = here.free_energy + rule.between(likelihood_at(model, theta), here.posterior)
-    return _keep(model, u, here, value + model.log_prior(u), generators)
+    return _keep(model, u, here, log_evidence(model, here, rule) + model.log_prior(u), generators)
 
 
 def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:

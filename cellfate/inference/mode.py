@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
 from cellfate.errors import DataError
-from cellfate.inference.free_energy import Evaluation, evaluate, evaluate_with_gradient
+from cellfate.inference.free_energy import Evaluation, evaluate, evaluate_with_gradient, log_evidence
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
 
@@ -141,15 +141,15 @@ class _Ascent:
 class _Point:
     """What is kept of an evaluation at one point."""
 
-    free_energy: float
+    log_evidence: float
     sites: Sites
     mean: Tensor  # (n,)
     log_variance: Tensor  # (n,)
 
     @staticmethod
-    def of(here: Evaluation) -> _Point:
-        posterior = here.posterior
-        return _Point(float(here.free_energy), here.fit.sites, posterior.mean[0], _log(posterior.variance[0]))
+    def of(model: Model, here: Evaluation, rule: Rule) -> _Point:
+        posterior, value = here.posterior, float(log_evidence(model, here, rule))
+        return _Point(value, here.fit.sites, posterior.mean[0], _log(posterior.variance[0]))
 
 
 def _ascend(
@@ -242,11 +242,12 @@ def find_mode(
             count, converged, message = count + found.evaluations, found.converged, found.message
         if large and len(u) and gain is None:  # the last step was not looked back on
             there, _, slope = log_posterior(model, engine, u[None], rule, start=sites, tolerance=COARSE)
-            here, gradient = _Point.of(there), slope[0]
+            here, gradient = _Point.of(model, there, rule), slope[0]
             del there  # its matrices are as large as those of the next points
         else:
             tolerance = LARGE_COARSE if large else TIGHT / 10
-            here = _Point.of(evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=tolerance))
+            there = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=tolerance)
+            here = _Point.of(model, there, rule)
         hessian, mean_slope, log_variance_slope = _derivatives(
             model, engine, rule, u, here, gradient, curvature, guess if large else None
         )
@@ -270,8 +271,8 @@ def find_mode(
     )
     return Mode(
         u=u,
-        free_energy=here.free_energy,
-        log_posterior=here.free_energy + float(model.log_prior(u[None])),
+        free_energy=here.log_evidence,
+        log_posterior=here.log_evidence + float(model.log_prior(u[None])),
         curvature=hessian,
         sites=here.sites,
         mean=here.mean,

@@ -14,7 +14,7 @@ import torch
 
 from cellfate._runtime import progress
 from cellfate.engines.base import Engine
-from cellfate.inference.free_energy import evaluate
+from cellfate.inference.free_energy import evaluate, log_evidence
 from cellfate.inference.mode import MEMORY
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model, Theta
@@ -35,7 +35,8 @@ def log_densities(model: Model, engine: Engine, rule: Rule, theta: Theta, points
     for rows in progress(torch.arange(points).split(engine.points_at_once(MEMORY)), desc="likelihood", unit="batch"):
         beta = None if theta.beta is None else theta.beta[rows]
         some = Theta({name: x[rows] for name, x in theta.values.items()}, beta)
-        likelihood.append(evaluate(model, engine, some, rule, tolerance=SETTLED).free_energy.cpu().numpy())
+        here = evaluate(model, engine, some, rule, tolerance=SETTLED)
+        likelihood.append(log_evidence(model, here, rule).cpu().numpy())
     return prior, np.concatenate(likelihood)
 
 

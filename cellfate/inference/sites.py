@@ -87,7 +87,7 @@ class Rule(ABC):
         return posterior.mean.new_zeros(posterior.mean.shape[:-1])
 
     def between(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
-        """What of the log evidence (points,) lies between cells and is not in :meth:`free_energy`, which the search raises."""
+        """What of the log evidence (points,) lies between cells: the search for the mode, which goes by :meth:`free_energy`, leaves it out."""
         return posterior.mean.new_zeros(posterior.mean.shape[:-1])
 
     @abstractmethod
@@ -162,6 +162,7 @@ class Variational(Rule):
     def between(self, likelihood: Likelihood, posterior: Posterior) -> Tensor:
         if likelihood.family.quadratic:
             return super().between(likelihood, posterior)
+        # the integrals are at hand, the free energy asked for them
         return self._integrals(likelihood, posterior)[1].between(posterior.variance, posterior.smooth)
 
     @classmethod

@@ -71,6 +71,7 @@ def modelling(params: Mapping[str, Any]) -> dict[str, Any]:
         "reml": bool(params["reml"]),
         "rank": int(params["rank"]) if "rank" in params else None,
         "priors": priors_of(params) or None,
+        "per_fate": bool(params.get("per_fate", False)),
     }
 
 

@@ -15,14 +15,15 @@ from cellfate.kernels.base import Basis, Component, Dense, Hyperparameter, Kerne
 
 
 @dataclass(frozen=True)
-class _Loaded(Dense):
+class LoadedCovariance(Dense):
     """A covariance among cells, times what two copies of the cells make of the fields."""
 
     inner: Dense
 
     def dense(self, geometry: tuple[Any, Tensor]) -> Tensor:
         inside, loading = geometry
-        return self.inner.dense(inside) * (loading @ loading.mT)
+        among = self.inner.dense(inside)
+        return among * (loading @ loading.mT).to(among)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class Loaded(Kernel):
     def __post_init__(self) -> None:
         if not can_be_loaded(self.inner):
             raise NotImplementedError(
-                f"component {self.component!r} with per_fate=True is not there yet: its covariance has more than one variance, or "
-                "goes by those of other components. Leave it out, or give per_fate=False."
+                f"component {self.component!r} with a variance for each fate is not there yet: its covariance has more than one variance, "
+                "or goes by those of other components. Leave it out, or give per_fate=False."
             )
         self.__dict__["copies"] = len(self.loading)
 
@@ -63,7 +64,7 @@ class Loaded(Kernel):
 
     @property
     def _first(self) -> bool:
-        return not self.fate
+        return self.fate in (None, 0)
 
     @property
     def _told(self) -> dict[str, Hyperparameter]:
@@ -96,7 +97,7 @@ class Loaded(Kernel):
             repeated = inner.spectrum.repeat(*[1] * (inner.spectrum.ndim - 1), self.loading.shape[1])
             return replace(inner, phi=phi, spectrum=repeated)
         assert isinstance(inner, Dense)
-        return _Loaded(inner)
+        return LoadedCovariance(inner)
 
     def geometry(self, cells: Tensor) -> tuple[Any, Tensor]:
         real = cells < self.n

@@ -11,9 +11,8 @@ from cellfate.model.families import Family
 
 def concrete(base: type[Family] = Family) -> list[type[Family]]:
     """Every family that can be used, found by walking the subclasses."""
-    found = (
-        [base] if "name" in vars(base) and not inspect.isabstract(base) else []
-    )  # others are a family in another form
+    # a class without a name of its own is a family in another form
+    found = [base] if "name" in vars(base) and not inspect.isabstract(base) else []
     for child in base.__subclasses__():
         found += concrete(child)
     return found

@@ -66,8 +66,9 @@ class Coupled(Remainder):
 
     def between(self, variance: Tensor, smooth: Callable[[Tensor], Tensor]) -> Tensor:
         """Sites of single contrasts leave out a quadratic form C of each cell, f_ij off the diagonal. Of its expectation
-        |I - Sigma C|^-1/2 to second order, tr(Sigma C Sigma C) / 4, the correction holds what is within a cell, and this the rest; of
-        that within 15% at variances up to 4. The trace is estimated by :data:`PROBES` vectors of random signs.
+        |I - Sigma C|^-1/2 to second order, tr(Sigma C Sigma C) / 4, the correction holds what is within a cell, and this the rest
+        (`benchmarks/site_blocks.py`: what is still missing). The trace is estimated by :data:`PROBES` vectors of random signs, the same
+        ones at all hyperparameters, so that its error moves no maximum.
         """
         axes = self.cross.shape[-1]
         if axes == 1:

@@ -116,9 +116,8 @@ class Family(ABC):
     several: ClassVar[bool] = False  # whether `phi` has an axis of its own
     kind: ClassVar[str]  # what a response has to be: real, binary, successes, count, levels, proportion, fates
     quadratic: ClassVar[bool] = False  # whether the log-density is, so that a Gaussian absorbs it all
-    flat: ClassVar[float] = (
-        1e-6  # posterior sds: a step so short is taken whatever the bound, which is known no better, says of it
-    )
+    # posterior sds: a step so short is taken whatever the bound, which quadrature knows no better, says of it
+    flat: ClassVar[float] = 1e-6
     dear: ClassVar[bool] = False  # whether what `integrals` adds to `expect` costs several times that
 
     def __init__(self, link: str | None = None) -> None:

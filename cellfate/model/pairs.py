@@ -55,8 +55,10 @@ def variances_of_fates(levels: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Paired(Remainder):
-    """The same of a cell's differences: third is d slope / d variance, fourth that of minus the precision, (..., n, R, R), and `bend`
-    the latter's derivative in the mean.
+    """What a quadratic does not hold of a cell whose fields are differences of fates.
+
+    third: derivative of the expected slopes in the variances (..., n, R, R); fourth: that of minus the precisions; bend: the latter's
+    derivative in the means.
     """
 
     bend: Tensor
@@ -180,8 +182,8 @@ class PairNodes(Nodes):
     def log_rest(self) -> Tensor:
         """Log E exp r (c,), r what f is less its projection on all quadratics."""
         slope = (self.mean_p @ self.h)[..., None]
-        bend = self.h.mT @ (torch.diag_embed(self.mean_p) - self.products) @ self.h
-        quadratic = ((self.away @ bend) * self.away).sum(-1) - (bend * self.covariance).sum((-2, -1))[:, None]
+        curvature = self.h.mT @ (torch.diag_embed(self.mean_p) - self.products) @ self.h
+        quadratic = ((self.away @ curvature) * self.away).sum(-1) - (curvature * self.covariance).sum((-2, -1))[:, None]
         rest = self.lse - (self.lse @ self.w)[:, None] - (self.away @ slope)[..., 0] - quadratic / 2
         return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
 
@@ -203,7 +205,9 @@ def _factor(covariance: Tensor) -> Tensor:
     if bool(bad.any()):
         values, vectors = torch.linalg.eigh(raised.detach()[bad])
         floor = tiny[bad][..., None] + 1e-6 * values.abs().amax(-1, keepdim=True)
-        near = (vectors * torch.maximum(values, floor)[..., None, :]) @ vectors.mT
+        near = (
+            vectors * torch.maximum(values, floor)[..., None, :]
+        ) @ vectors.mT  # no derivative: such a point is a start only
         lower = lower.clone()
         lower[bad] = torch.linalg.cholesky(near)
     return lower

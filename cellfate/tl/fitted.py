@@ -89,5 +89,6 @@ def _model(cells: Cells, params: Mapping[str, Any], device: str | torch.device) 
         cells.offset,
         trials=cells.trials,
         terms=cells.terms,
+        levels=cells.levels,
         response=cells.response_name,
     )

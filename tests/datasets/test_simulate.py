@@ -480,5 +480,6 @@ def test_fates_can_have_variances_of_their_own():
         simulate(20, family="categorical", variance_lineage=(1.0, 2.0))
     with pytest.raises(DataError, match="variance_spatial"):
         simulate(20, variance_spatial=(1.0, 2.0))
-    with pytest.raises(DataError, match="variance_lineage"):
-        simulate(20, family="categorical", variance_lineage=(1.0, -2.0, 1.0))
+    for wrong in (-2.0, np.nan, np.inf):
+        with pytest.raises(DataError, match="variance_lineage"):
+            simulate(20, family="categorical", variance_lineage=(1.0, wrong, 1.0))

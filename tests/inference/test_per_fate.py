@@ -139,3 +139,14 @@ def test_from_cells_to_a_file_and_back(tmp_path):
     assert list(shares["component"]) == ["lineage[0]", "lineage[1]", "lineage[2]"]
     assert shares["share"].sum() == pytest.approx(1)
     assert list(cf.get.effects(back).columns) == [f"lineage[{k}]_{x}" for k in range(3) for x in ("mean", "sd")]
+
+
+def test_a_fit_is_taken_up_again():
+    """By the names of the fates, with a variance for each."""
+    adata = cf.datasets.simulate(60, family="categorical", n_fates=3, rng=1)
+    adata.obs["fate"] = adata.obs["fate"].map({0: "a", 1: "b", 2: "c"}).astype("category")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CellfateWarning)
+        cf.tl.decompose(adata, "fate", family="categorical", per_fate=True, spatial=None, rng=0)
+        cf.tl.prior_sensitivity(adata)
+    assert "variance_lineage[b]" in cf.get.prior_sensitivity(adata).to_string()

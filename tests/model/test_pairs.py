@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 import cellfate as cf
 from cellfate.inference import fates
 from cellfate.inference.fates import Form
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient
 from cellfate.inference.sites import Variational
-from cellfate.kernels import Brownian, Matern32
+from cellfate.kernels import Brownian, Graph, Matern32
 from cellfate.kernels.base import unit_scale
 from cellfate.kernels.fates import Loaded
 from cellfate.kernels.groups import CorrelatedSlopes, Intercepts, Slopes
@@ -23,6 +24,15 @@ from tests.model.test_categorical import kernels
 from tests.problem import double, entries
 
 BETA = 5.0  # prior sd of the intercepts
+
+
+def nearest(xyz: np.ndarray) -> csr_matrix:
+    """Symmetric graph of the four nearest neighbors."""
+    away = np.linalg.norm(xyz[:, None] - xyz, axis=-1)
+    near = np.argsort(away, 1)[:, 1:5]
+    graph = np.zeros_like(away)
+    np.put_along_axis(graph, near, 1.0, 1)
+    return csr_matrix(np.maximum(graph, graph.T))
 
 
 class Blocks:
@@ -206,13 +216,25 @@ def test_what_has_no_pairs_is_by_contrasts(monkeypatch):
         return Form.of(glmm.problem[0]), glmm.problem[2]
 
     assert form(kernels())[0].paired
-    assert form(kernels())[1].endswith("sites of all pairs of fates")
+    assert form(kernels())[1].endswith("40 cells by 3 pairs of fates")
     assert not form(kernels(), engine="structured")[0].paired
+    assert not form(kernels(), rank=20)[0].paired
     assert not form(kernels(), y=np.arange(n) % 2)[0].paired
     assert not form({"clone": CorrelatedSlopes(groups, np.random.default_rng(0).normal(size=n))})[0].paired
-    monkeypatch.setattr(fates, "WHOLE", 3 * n - 1)
+    graph = {"spatial": Graph(nearest(kernels(n)["spatial"].coordinates))}  # has no contrasts
+    for name, least in (("WHOLE", 3 * n), ("ENTRIES", 9 * n * n)):
+        monkeypatch.undo()
+        monkeypatch.setattr(fates, name, least)
+        assert form(kernels())[0].paired
+        monkeypatch.setattr(fates, name, least - 1)
+        assert not form(kernels())[0].paired
+        assert form(kernels(), per_fate=True)[0].paired
+        assert form(graph)[0].paired
+    monkeypatch.undo()
+    monkeypatch.setattr("cellfate.inference.fit.free_memory", lambda device: 1e5)
     assert not form(kernels())[0].paired
-    assert form(kernels(), per_fate=True)[0].paired
+    with pytest.raises(NotImplementedError, match="by pairs"):
+        form(graph, engine="structured")
 
 
 def test_variances_that_no_covariance_has():
@@ -250,3 +272,57 @@ def test_contrasts_come_near_where_what_couples_cells_is_put_back(engine, monkey
         known = Blocks(weights, 24).settle(prior)[0]
         assert known - bound > 0.15
         assert abs(known - here) < 0.35 * (known - bound)
+
+
+def test_an_engine_serves_no_other_number_of_fates(monkeypatch):
+    """Three fates by pairs and four by contrasts are as many copies of the cells."""
+    n = 30
+    monkeypatch.setattr(fates, "WHOLE", 3 * n)
+    theta, rng = {"variance_lineage": 1.0, "variance_spatial": 1.0}, np.random.default_rng(0)
+    three, four = rng.integers(0, 3, n), rng.integers(0, 4, n)
+    one = cf.GLMM("categorical", kernels(n))
+    one.evaluate(theta, three, np.ones((n, 1)))
+    again = one.evaluate(theta, four, np.ones((n, 1))).free_energy
+    fresh = cf.GLMM("categorical", kernels(n)).evaluate(theta, four, np.ones((n, 1))).free_energy
+    assert again == pytest.approx(fresh, abs=1e-9)
+
+
+@pytest.mark.parametrize("per_fate", [False, True])
+def test_single_precision(per_fate):
+    """Fields of pairs have a covariance without full rank, from which draws are made too."""
+    adata = cf.datasets.simulate(60, family="categorical", variance_lineage=2.0, rng=4)
+    forest = to_forest(adata.uns["tree"])
+    found = {"lineage": Brownian(forest, forest.nodes_of(adata.obs_names))}
+    fits = [
+        cf.GLMM("categorical", found, per_fate=per_fate, dtype=dtype).fit(
+            adata.obs["fate"].to_numpy(), np.ones((60, 1)), rng=0
+        )
+        for dtype in ("float64", "float32")
+    ]
+    for name in fits[0].effects:
+        for a, b in zip(fits[0].effects[name], fits[1].effects[name], strict=True):
+            np.testing.assert_allclose(b, a, atol=0.15 * np.abs(a).max())
+    assert fits[1].free_energy == pytest.approx(fits[0].free_energy, abs=0.02)
+
+
+def test_probabilities_of_fates():
+    """Soft labels between two hard ones have a free energy between theirs, as a linear function has, less what the prior curves."""
+    weights, X, found = problem(3, n=30)
+    hard = np.eye(3)[weights.argmax(1)]
+    soft = 0.8 * hard + 0.2 / 3
+    glmm = cf.GLMM("categorical", found, priors={"beta": ("normal", BETA)})
+    here = glmm.evaluate({"variance_lineage": 1.0, "variance_spatial": 0.5}, soft, X)
+    known = Blocks(soft, 24).settle(whole_prior(3, found, X, np.full(3, 1 / 3), np.full(3, 0.5 / 3)))
+    assert here.free_energy == pytest.approx(known[0], abs=1e-4)
+
+
+def test_one_free_energy_wherever_it_is_told(monkeypatch):
+    monkeypatch.setattr(fates, "WHOLE", 0)
+    adata = cf.datasets.simulate(60, family="categorical", variance_lineage=3.0, rng=4)
+    forest = to_forest(adata.uns["tree"])
+    glmm = cf.GLMM("categorical", {"lineage": Brownian(forest, forest.nodes_of(adata.obs_names))})
+    fit = glmm.fit(adata.obs["fate"].to_numpy(), np.ones((60, 1)), rng=0)
+    model, engine, _ = glmm.problem
+    assert glmm.evaluate(fit.mode).free_energy == pytest.approx(fit.free_energy, abs=1e-3)
+    theta, _ = model.from_natural(fit.mode)
+    assert fit.free_energy > float(evaluate(model, engine, theta, Variational()).free_energy) + 0.005
