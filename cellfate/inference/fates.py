@@ -46,17 +46,20 @@ def weights_of(response: str, y: Any) -> np.ndarray:
     if (found < 0).any():
         cell = rows[(found < 0).any(1)][0]
         raise DataError(
-            f"{response} is negative in {int((found < 0).any(1).sum())} cells, the first {cell!r}. Give counts or probabilities."
+            f"{response} is negative in {int((found < 0).any(1).sum())} cells, the first in row {cell}. Give counts or probabilities."
         )
     whole = (found == np.round(found)).all()
     if not whole and (np.abs(total - 1) > NEAR_ONE).any():
         off = np.abs(total - 1) > NEAR_ONE
         raise DataError(
-            f"{response}: the rows of {int(off.sum())} of {len(total)} cells do not sum to one, the first {rows[off][0]!r} to "
+            f"{response}: the rows of {int(off.sum())} of {len(total)} cells do not sum to one, the first, row {rows[off][0]}, to "
             f"{total[off][0]:g}. Probabilities have to (divide by the sum); counts have to be whole numbers."
         )
     if (total == 0).any():
-        raise DataError(f"{response} is zero for every fate in {int((total == 0).sum())} cells. Leave those cells out.")
+        raise DataError(
+            f"{response} is zero for every fate in {int((total == 0).sum())} cells, the first in row {rows[total == 0][0]}. Leave those "
+            "cells out."
+        )
     empty = np.flatnonzero(found.sum(0) == 0)
     if empty.size:
         raise DataError(f"{response}: no cell has fate {', '.join(map(str, empty))}. Leave that column out.")
@@ -130,9 +133,10 @@ class Form:
         return np.moveaxis(x.reshape(*x.shape[:-1], self.copies, -1), -2, -1)
 
 
-def has_contrasts(kernel: Kernel) -> bool:
-    """Whether independent copies of its cells are there for it."""
-    return type(kernel).copied is not Kernel.copied
+def only_paired(components: Sequence[Component]) -> bool:
+    """Whether one of them has no independent copies of its cells, and all can do without."""
+    without = [c for c in components if type(c.kernel).copied is Kernel.copied]
+    return bool(without) and all(can_be_loaded(c.kernel) for c in components)
 
 
 def can_be_paired(components: Sequence[Component], levels: int) -> bool:

@@ -407,7 +407,7 @@ class GLMM:
         each: names of the fates, where they have variances of their own. Contrasts would depend on each other then.
         """
         form = fates.Form(levels, paired=True)
-        alone = each is not None or not all(fates.has_contrasts(c.kernel) for c in self.components)
+        alone = each is not None or fates.only_paired(self.components)
         if alone or (
             self.engine_name != "structured" and self.rank is None and fates.can_be_paired(self.components, levels)
         ):

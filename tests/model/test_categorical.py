@@ -15,7 +15,7 @@ from cellfate.inference.sites import Variational
 from cellfate.kernels import Brownian, CorrelatedSlopes, Intercepts, Matern32, Slopes
 from cellfate.kernels.base import Component, unit_scale
 from cellfate.model.catalog import get_family
-from cellfate.model.categorical import PROBES, Categorical, apart, contrasts, stacked
+from cellfate.model.categorical import PROBES, Categorical, Nodes, apart, contrasts, stacked
 from cellfate.model.families import Outcome
 from cellfate.trees.convert import to_forest
 from tests.problem import double, entries, random_newick
@@ -236,3 +236,37 @@ def test_what_couples_cells_is_the_trace(levels, monkeypatch):
     model, engine, _ = of_two.problem
     here = evaluate(model, engine, model.theta(model.start()[None]), Variational())
     assert float(Variational().between(likelihood_at(model, here.theta), here.posterior)) == 0.0
+
+
+@pytest.mark.parametrize("levels", [3, 6])
+def test_higher_derivatives_are_those_of_the_normalizer(levels):
+    """Against autograd, four times, where the distribution is all but a point."""
+    axes = levels - 1
+    h, t = double(contrasts(levels)), 3.0
+    mean = double(np.random.default_rng(levels).normal(size=(1, axes)))
+    nodes = Nodes(torch.zeros_like(mean), double([t]), mean, torch.full_like(mean, 1e-13), h, 0)
+    third, fourth, cross = (x[0] for x in nodes.higher())
+
+    def value(u):
+        return -t * torch.logsumexp(h @ u, 0)
+
+    two = torch.func.hessian(value)
+    four = torch.func.hessian(two)(mean[0])
+    three = torch.func.jacfwd(two)(mean[0])
+    torch.testing.assert_close(third, torch.einsum("iij->ij", three), rtol=0, atol=1e-10)
+    torch.testing.assert_close(fourth, torch.einsum("iijj->ij", four), rtol=0, atol=1e-10)
+    of_two = two(mean[0])
+    torch.testing.assert_close(cross, of_two - torch.diag(of_two.diagonal()), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [3, 6])
+def test_sites_are_where_the_bound_that_quadrature_knows_is_highest(levels):
+    """Slope and precision are its derivatives in mean and variance, whatever the quadrature: with six fates it is rough."""
+    family, rng = get_family("categorical"), np.random.default_rng(levels)
+    data = outcome(rng.multinomial(1, np.ones(levels) / levels, 8))
+    mean = double(rng.normal(size=8 * (levels - 1))).requires_grad_(True)
+    variance = double(rng.uniform(0.3, 6.0, 8 * (levels - 1))).requires_grad_(True)
+    found = family.expect(data, mean, variance)
+    slope, half = torch.autograd.grad(found.value.sum(), (mean, variance))
+    torch.testing.assert_close(found.slope, slope, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.precision, -2 * half, rtol=0, atol=1e-10)
