@@ -350,7 +350,7 @@ def refusal(components: Sequence[Component]) -> str | None:
     trees = [c.name for c in components if isinstance(c.kernel, LineageKernel)]
     products = [c.name for c in components if isinstance(c.kernel, Product) and not has_columns(c.kernel)]
     if any(isinstance(c.kernel, Loaded) for c in components):
-        return "the fates are taken by pairs, or have variances of their own, for which it has no sweeps yet"
+        return "fates with variances of their own (per_fate=True), and those taken by pairs, need exact matrices so far"
     if products:
         return f"components {products} are products of two kernels that are not a tree and a field, for which it has no columns yet"
     if given:

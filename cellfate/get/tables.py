@@ -43,7 +43,9 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     variances = _table(adata, key, _keys.COMPONENTS)
     scales = list(dict.fromkeys(variances["scale"]))
     if scale not in scales:
-        raise DataError(f"scale {scale!r} is not in adata.uns[{key!r}][{_keys.COMPONENTS!r}]: use one of {scales}.")
+        raise DataError(
+            f"scale {scale!r} is not in adata.uns[{key!r}][{_keys.COMPONENTS!r}]: this family has none of that kind. Use one of {scales}."
+        )
     shares = _table(adata, key, _keys.SHARES)
     here = variances.loc[variances["scale"] == scale, [*ROW, *VARIANCE]]
     there = shares.loc[shares["scale"] == scale, [*ROW, *SHARE]]

@@ -41,8 +41,8 @@ class Likelihood:
     def correction(self, mean: Tensor, variance: Tensor) -> Tensor:
         return self.family.correction(self.outcome, mean + self.shift, variance, self.phi)
 
-    def integrals(self, mean: Tensor, variance: Tensor) -> tuple[Expectation, Remainder]:
-        return self.family.integrals(self.outcome, mean + self.shift, variance, self.phi)
+    def integrals(self, mean: Tensor, variance: Tensor, higher: bool = True) -> tuple[Expectation, Remainder]:
+        return self.family.integrals(self.outcome, mean + self.shift, variance, self.phi, higher)
 
     @property
     def live(self) -> bool:
@@ -174,16 +174,18 @@ class Variational(Rule):
         return posterior.noted("expectation", lambda: held.expect(posterior.mean, posterior.variance))
 
     @staticmethod
-    def _integrals(likelihood: Likelihood, posterior: Posterior) -> tuple[Expectation, Remainder]:
-        held = likelihood.detach()
-        return posterior.noted("integrals", lambda: held.integrals(posterior.mean, posterior.variance))
+    def _integrals(likelihood: Likelihood, posterior: Posterior, higher: bool = False) -> tuple[Expectation, Remainder]:
+        """Of higher order only where they are asked for, if these are dear."""
+        held, all_of = likelihood.detach(), higher or not likelihood.family.dear
+        name = "all integrals" if all_of else "integrals"
+        return posterior.noted(name, lambda: held.integrals(posterior.mean, posterior.variance, all_of))
 
     def parameter_part(
         self, likelihood: Likelihood, posterior: Posterior, accuracy: float = 1e-7
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if likelihood.family.quadratic:  # the bound is exact
             return likelihood.expect(posterior.mean, posterior.variance).value.sum(-1), None, None
-        _, rest = self._integrals(likelihood, posterior)
+        _, rest = self._integrals(likelihood, posterior, higher=True)
         lambda_m, lambda_v = _adjoint(posterior, rest, accuracy)
         part = torch.zeros_like(posterior.mean)
         if likelihood.live:

@@ -153,17 +153,19 @@ class Categorical(Family):
         return self._shared_out(value, mean.shape[-1] // value.shape[-1])
 
     def integrals(
-        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
         def reduce(at: Nodes) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
                 rest = Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
                 in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v))
-            return at.value, at.slope, at.precision, rest.detach(), in_mean, in_variance, *at.higher()
+            moments = at.value, at.slope, at.precision, rest.detach(), in_mean, in_variance, at.cross()
+            return *moments, *(at.higher() if higher else ())
 
         found = self._integrate_cells(reduce, outcome, mean, variance)
-        value, slope, precision, rest, in_mean, in_variance, third, fourth, cross = found
+        value, slope, precision, rest, in_mean, in_variance, cross, *more = found
+        third, fourth = more or [mean.new_zeros(())] * 2
         axes = slope.shape[-1]
         e = Expectation(self._shared_out(value, axes), stacked(slope), stacked(precision))
         return e, Coupled(self._shared_out(rest, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
@@ -269,10 +271,17 @@ class Nodes:
         rest = self.lse - (self.lse @ self.w)[:, None] - slope @ self.z.mT + bend @ (self.z.square() - 1).mT
         return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
 
-    def higher(self) -> tuple[Tensor, Tensor, Tensor]:
-        """E f_iij and E f_iijj, which are joint cumulants of the contrasts of a fate drawn from p, and E f_ij off the diagonal.
+    def cross(self) -> Tensor:
+        """E f_ij (c, J, J) off the diagonal."""
+        both = self.h[:, :, None] * self.h[:, None, :]
+        product = (self.expected * self.w[:, None]).mT @ self.expected
+        found = -self.t[:, None, None] * (torch.tensordot(self.mean_p, both, dims=1) - product)
+        return found - torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))
 
-        Each (c, J, J). In closed form at the nodes: by Stein's identity their noise grows with the number of contrasts.
+    def higher(self) -> tuple[Tensor, Tensor]:
+        """E f_iij and E f_iijj (c, J, J), which are joint cumulants of the contrasts of a fate drawn from p.
+
+        In closed form at the nodes: by Stein's identity their noise grows with the number of contrasts.
         """
         h, w, mu, t = self.h, self.w[:, None], self.expected, self.t[:, None, None]
         axes, square = h.shape[1], h.square()
@@ -280,8 +289,6 @@ class Nodes:
         spread = self.p @ square  # second moments, (c, q, J)
         weighted = (mu * w).mT
         with_p, with_square = weighted @ self.p, (mu.square() * w).mT  # E mu_i p_k (c, J, K)
-        product = weighted @ mu
-        cross = -t * (torch.tensordot(self.mean_p, both, dims=1) - product)
 
         third = torch.tensordot(self.mean_p, square[:, :, None] * h[:, None], dims=1)
         third = third - (spread * w).mT @ mu + 2 * with_square @ mu
@@ -302,4 +309,4 @@ class Nodes:
         shares[:, i, j] = pairs
         shares[:, j, i] = pairs
         fourth = fourth + shares
-        return -t * third, -t * fourth, cross - torch.diag_embed(cross.diagonal(dim1=-2, dim2=-1))
+        return -t * third, -t * fourth

@@ -193,12 +193,13 @@ class Family(ABC):
         return self._integrate(log_mean_exp, outcome, mean, variance, phi)[0]
 
     def integrals(
-        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
         """:meth:`expect`, and :meth:`correction` with its derivatives and the higher derivatives of the expectation of `f`.
 
         Those follow from the second by Stein's identity, E f(3) = E[f(2) z] / sd and E f(4) = E[f(2) (z^2 - 1)] / v. In one pass,
-        because what `f` is at the nodes is most of the work.
+        because what `f` is at the nodes is most of the work. Without `higher`, those of third and fourth order may be missing: only the
+        gradient of a free energy asks for them.
         """
 
         def reduce(x: Tensor, w: Tensor, sd: Tensor, f: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, ...]:
@@ -290,7 +291,7 @@ class Gaussian(Family):
         return torch.zeros_like(mean)
 
     def integrals(
-        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
         return self.expect(outcome, mean, variance, phi), Remainder(*(torch.zeros_like(mean) for _ in range(5)))
 
@@ -397,9 +398,9 @@ class Poisson(_LogCount):
         return Expectation(outcome.y * mean - rate - torch.lgamma(outcome.y + 1), outcome.y - rate, rate)
 
     def integrals(
-        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
-        return self.expect(outcome, mean, variance, phi), super().integrals(outcome, mean, variance, phi)[1]
+        return self.expect(outcome, mean, variance, phi), super().integrals(outcome, mean, variance, phi, higher)[1]
 
     def simulate(self, eta, *, rng, trials=None, variance_residual=None, **own):  # type: ignore[no-untyped-def]
         return rng.poisson(np.exp(eta)).astype(float)

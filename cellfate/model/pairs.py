@@ -93,16 +93,16 @@ class Pairs(Categorical):
         return stacked(_slope(y, t, h, p)), stacked(-2 * t[..., None] * p[..., first] * p[..., second])
 
     def integrals(
-        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None
+        self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
         def reduce(at: Nodes) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
                 live = PairNodes(at.y, at.t, m, v, at.h, at.per_axis)
                 rest, slope, precision = live.log_rest(), live.slope, live.precision
-                in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v), retain_graph=True)
+                in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v), retain_graph=higher)
                 third, fourth, bend = [], [], []
-                for r in range(slope.shape[-1]):
+                for r in range(slope.shape[-1] if higher else 0):
                     third.append(torch.autograd.grad(slope[:, r].sum(), v, retain_graph=True)[0])
                     of_mean, of_variance = torch.autograd.grad(-precision[:, r].sum(), (m, v), retain_graph=True)
                     fourth.append(of_variance)
@@ -110,20 +110,18 @@ class Pairs(Categorical):
             # a cotangent of contrasts as one of differences that acts on them alike
             back = torch.as_tensor(loadings(len(at.h))).to(m).mT * (2 / len(at.h))
             moments = tuple(x.detach() for x in (live.value, slope, precision, rest))
-            return (
-                *moments,
-                in_mean @ back,
-                in_variance,
-                *(torch.stack(x, -2) for x in (third, fourth)),
-                torch.stack(bend, -2) @ back,
-            )
+            moments = *moments, in_mean @ back, in_variance
+            if not higher:
+                return moments
+            return *moments, torch.stack(third, -2), torch.stack(fourth, -2), torch.stack(bend, -2) @ back
 
         found = self._integrate_cells(reduce, outcome, mean, variance)
-        value, slope, precision, rest, in_mean, in_variance, third, fourth, bend = found
+        value, slope, precision, rest, in_mean, in_variance, *more = found
+        third, fourth, bend = more or [mean.new_zeros(())] * 3
         several = slope.shape[-1]
         e = Expectation(self._shared_out(value, several), stacked(slope), stacked(precision))
-        more = stacked(in_mean), stacked(in_variance), third, fourth, bend
-        return e, Paired(self._shared_out(rest, several), *more)
+        slopes = stacked(in_mean), stacked(in_variance)
+        return e, Paired(self._shared_out(rest, several), *slopes, third, fourth, bend)
 
     @staticmethod
     def _data(outcome: Outcome, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

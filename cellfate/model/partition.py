@@ -29,7 +29,8 @@ def summary(x: np.ndarray) -> tuple[float, float, float, float]:
 def summaries(x: np.ndarray) -> list[tuple[float, float, float, float]]:
     """Those of each row of x (k, draws)."""
     lower, upper = np.quantile(x, [0.025, 0.975], axis=1)
-    return list(zip(*(part.tolist() for part in (x.mean(1), x.std(1), lower, upper)), strict=True))
+    spread = np.where(np.ptp(x, axis=1) == 0, 0.0, x.std(1))  # of a constant not what rounding makes of it
+    return list(zip(*(part.tolist() for part in (x.mean(1), spread, lower, upper)), strict=True))
 
 
 def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> dict[str, np.ndarray]:

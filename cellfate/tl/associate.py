@@ -88,8 +88,8 @@ def associate(
     fit = fitted(adata, key, handed, device)
     if fit.glmm.family.name == "categorical" or not fit.glmm.reml:
         raise NotImplementedError(
-            "associations are not there yet for family='categorical' and reml=False. Ask about one fate at a time with "
-            "family='bernoulli'."
+            "associations are not there yet for fits with reml=False, nor for family='categorical'. Fit with reml=True, and ask about one fate "
+            "at a time with family='bernoulli'."
         )
     found = find_fates(
         adata, covariates, layer=layer, min_cells=min_cells, kind="real", trials=None, kept=fit.cells.kept

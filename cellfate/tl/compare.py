@@ -91,8 +91,8 @@ def compare(
     fit = fitted(adata, key, handed, device)
     if fit.glmm.family.name in WITHOUT or not fit.glmm.reml:
         raise NotImplementedError(
-            "comparisons are not there yet for family='categorical' and reml=False. Ask about one fate at a time with "
-            "family='bernoulli'."
+            "comparisons are not there yet for fits with reml=False, nor for family='categorical'. Fit with reml=True, and ask about one fate "
+            "at a time with family='bernoulli'."
         )
     stream, rows, each = generator(rng), [], {}
     for name, components in _models(fit, interaction).items():

@@ -245,7 +245,7 @@ def test_higher_derivatives_are_those_of_the_normalizer(levels):
     h, t = double(contrasts(levels)), 3.0
     mean = double(np.random.default_rng(levels).normal(size=(1, axes)))
     nodes = Nodes(torch.zeros_like(mean), double([t]), mean, torch.full_like(mean, 1e-13), h, 0)
-    third, fourth, cross = (x[0] for x in nodes.higher())
+    third, fourth, cross = (x[0] for x in (*nodes.higher(), nodes.cross()))
 
     def value(u):
         return -t * torch.logsumexp(h @ u, 0)
