@@ -91,7 +91,7 @@ def effects(
     table, params = get.effects(adata, key), get.params(adata, key)
     library_key = library_key or params.get("library_key") or None
     xyz = _coordinates(adata, basis, dims)
-    components = _components(table, components, adata.obs[library_key] if library_key else None)
+    components = _components(table, components, adata.obs.get(library_key) if library_key else None)
     specimens = _specimens(adata, library_key, specimen, min(MOST, max(1, PANELS // len(components))))
     panels = [
         Panel(c, name, xyz[rows], table[f"{c}_mean"].to_numpy(dtype=float)[rows])
