@@ -186,6 +186,8 @@ class DenseEngine(Engine):
                 if not bool(info.any()) or jitter > MOST_JITTER:
                     break
                 jitter, added = 10 * jitter, jitter
+            if bool(info.any()):
+                lower = torch.linalg.cholesky(raised)  # which says so
             # a cell without prior variance has none in a draw either
             out.append(lower * (diagonal != 0)[..., None])
         if name in self._constant:

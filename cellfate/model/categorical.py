@@ -298,8 +298,8 @@ class Nodes:
         one = torch.einsum("cik,kij->cij", with_p, h[:, :, None] * square[:, None])  # mu_i times h_i h_j^2
         two = with_square @ spread  # mu_i^2 h_j^2
         fourth = torch.tensordot(self.mean_p, square[:, :, None] * square[:, None], dims=1)
-        fourth = fourth - 2 * (one + one.mT) + two + two.mT - 3 * with_square @ mu.square()
-        fourth = fourth - (variance * w).mT @ variance + 4 * with_square @ mu.square()
+        fourth = fourth - 2 * (one + one.mT) + two + two.mT + with_square @ mu.square()
+        fourth = fourth - (variance * w).mT @ variance
         # of a covariance c_ij at a node 4 mu_i mu_j c_ij - 2 c_ij^2: as large as the nodes times all pairs, so once a pair and in place
         i, j = torch.tril_indices(axes, axes, device=h.device)
         across = mu[..., i] * mu[..., j]

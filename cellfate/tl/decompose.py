@@ -130,8 +130,7 @@ def decompose(
     per_fate
         For ``"categorical"`` with three fates or more: a variance for each fate, components `lineage[<fate>]`,
         `spatial[<fate>]` and so on, which add up to what the shared one would be; `lineage[<fate>]` is then the field that is that
-        fate's own. A prior of `sd_lineage` is that of each. Needs exact matrices of pairs of fates times cells, about 3,000 in all
-        for a fit of minutes. Compare `log_evidence` with the shared one.
+        fate's own. A prior of `sd_lineage` is that of each. Needs exact matrices of pairs of fates times cells. Compare `log_evidence` with the shared one.
     offset
         Known part of the linear predictor on link scale, such as a log size factor: a column of `adata.obs` or (n,).
     trials

@@ -306,7 +306,7 @@ def test_single_precision(per_fate):
 
 
 def test_probabilities_of_fates():
-    """Soft labels between two hard ones have a free energy between theirs, as a linear function has, less what the prior curves."""
+    """Soft labels, against blocks of sites."""
     weights, X, found = problem(3, n=30)
     hard = np.eye(3)[weights.argmax(1)]
     soft = 0.8 * hard + 0.2 / 3
