@@ -23,7 +23,10 @@ class Made:
     def __init__(self, most: float = MOST) -> None:
         self.most = most
         self._kept: OrderedDict[Hashable, FieldBasis | ProductColumns] = OrderedDict()
-        self._lock = Lock()  # responses are fitted side by side, and the second waits for what the first is making
+        self._lock = Lock()
+        self._making: dict[
+            Hashable, Lock
+        ] = {}  # one each: responses side by side wait for the basis they share, not for others
 
     def find(self, arrays: Sequence[np.ndarray], settings: tuple[Hashable, ...], make: Callable[[], Basis]) -> Basis:
         """The basis made of these arrays with these settings, made where it is not kept."""
@@ -32,9 +35,15 @@ class Made:
             digest.update(np.ascontiguousarray(array).tobytes())
         key = (digest.digest(), settings)
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = make()
+            making = self._making.setdefault(key, Lock())
+        with making:
+            with self._lock:
+                basis = self._kept.get(key)
+            if basis is None:
+                basis = make()
+        with self._lock:
+            self._kept[key] = basis
             self._kept.move_to_end(key)
-            while len(self._kept) > 1 and sum(basis.n * basis.rank * 8 for basis in self._kept.values()) > self.most:
-                self._kept.popitem(last=False)
-            return cast(Basis, self._kept[key])
+            while len(self._kept) > 1 and sum(one.n * one.rank * 8 for one in self._kept.values()) > self.most:
+                self._making.pop(self._kept.popitem(last=False)[0], None)
+        return cast(Basis, basis)
