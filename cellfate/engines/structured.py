@@ -391,5 +391,10 @@ def square_root(part: Part) -> Tensor:
 
 
 def _symmetric_root(spectrum: Tensor) -> Tensor:
+    """By Cholesky's factor, a tenth of the work of eigenvectors; by these where rounding has left it indefinite."""
+    lower, info = torch.linalg.cholesky_ex(spectrum)
+    if not bool(info.any()):
+        return lower
     values, vectors = torch.linalg.eigh(spectrum)
-    return vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+    root = vectors * values.clamp(min=0.0).sqrt()[..., None, :]
+    return torch.where((info != 0)[..., None, None], root, lower)
