@@ -1,10 +1,11 @@
-"""Are components that are not there called there, and those that are there seen? Score tests over simulated fates.
+"""Are components that are not there called there, and those that are there seen? Tests over simulated fates.
 
     python benchmarks/false_positives.py --sets 500 --n 200 --families gaussian bernoulli --figure false_positives.png
 
 Every set has a tree, positions half inherited and fields of its own. The tested component has variance 0 (false positives), or more
-(power); the other has variance 1, its length-scale is estimated. Printed: the share of sets with p < 0.05 and p < 0.01, with its
-Monte-Carlo error, and the mean p, which is 0.5 where there is nothing.
+(power); the other has variance 1, its length-scale is estimated. Methods are those of `cf.tl.test_components` that cost one null fit: the
+score test, cells swapped within small sets, and the likelihood ratio with its 50:50 mixture. Printed: the share of sets with p < 0.05 and
+p < 0.01, with its Monte-Carlo error, and the mean p, which is 0.5 where there is nothing (not of the mixture, half of which is 1).
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from pathlib import Path
 
 import numpy as np
 from machine import set_threads, table, write
+from scipy.stats import chi2
 
 OTHER = {"lineage": "spatial", "spatial": "lineage"}
+METHODS = ("score", "permutation", "likelihood_ratio")
 LENGTHSCALE = 0.5
 
 
-def p_value(task: tuple[str, str, float, int, int, float]) -> float:
-    """Of one set."""
-    family, tested, variance, n, seed, inheritance = task
+def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> list[float]:
+    """Of one set, by each method."""
+    family, tested, variance, n, seed, inheritance, methods = task
     set_threads(1)
 
     import torch
@@ -36,9 +39,12 @@ def p_value(task: tuple[str, str, float, int, int, float]) -> float:
     from cellfate.engines.choose import choose
     from cellfate.inference.locate import locate
     from cellfate.inference.score import Null, score_test
+    from cellfate.inference.swaps import swap_test
     from cellfate.io.anndata import read_cells
     from cellfate.kernels import Brownian, Matern32
     from cellfate.kernels.base import Component
+    from cellfate.tl.component_tests import SWAPPED
+    from cellfate.tl.sets import clades, regions
 
     warnings.simplefilter("ignore")
     logging.getLogger("cellfate").setLevel(logging.ERROR)
@@ -50,13 +56,30 @@ def p_value(task: tuple[str, str, float, int, int, float]) -> float:
     try:
         cells = read_cells(adata, "fate", family=family)
     except cf.DataError:  # a fate that is the same in all cells
-        return np.nan
+        return [np.nan] * len(methods)
     kernels = {"lineage": Brownian(cells.forest, cells.leaf), "spatial": Matern32(cells.coordinates)}
-    glmm = cf.GLMM(family, {OTHER[tested]: kernels[OTHER[tested]]}).on(cells.response, np.ones((cells.n, 1)))
-    model, engine, mode = locate(*glmm.problem[:2], glmm.rule)
+
+    def located(names: Sequence[str]) -> tuple:
+        glmm = cf.GLMM(family, {name: kernels[name] for name in names}).on(cells.response, np.ones((cells.n, 1)))
+        return *locate(*glmm.problem[:2], glmm.rule), glmm.rule
+
+    model, engine, mode, rule = located([OTHER[tested]])
     own = Component(tested, kernels[tested])
     alone, _ = choose("auto", [own], cells.n, device=torch.device("cpu"), dtype=torch.float64)
-    return score_test(Null(model, engine, glmm.rule, mode), alone, own).p
+    null = Null(model, engine, rule, mode)
+    found = []
+    for method in methods:
+        if method == "score":
+            found.append(score_test(null, alone, own).p)
+        elif method == "permutation":
+            count = cells.n // SWAPPED
+            near = regions(cells.coordinates, cells.specimen, count)
+            sets = clades(cells.forest, cells.leaf, count) if tested == "spatial" else near
+            found.append(swap_test(null, alone, own, sets, count=499, rng=np.random.default_rng(seed)))
+        else:
+            gain = 2 * (located(list(OTHER))[2].free_energy - mode.free_energy)
+            found.append(float(0.5 * chi2.sf(gain, 1)) if gain > 0 else 1.0)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", default=["gaussian", "bernoulli"])
     parser.add_argument("--variances", nargs="+", type=float, default=[0.0, 0.25, 0.5, 1.0, 2.0])
     parser.add_argument("--power-sets", type=int, default=100, help="sets where the component is there")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["score"])
     parser.add_argument("--inheritance", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
@@ -80,21 +104,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     began = time.perf_counter()
                     sets = options.power_sets if variance else options.sets
                     seeds = range(options.seed * 10_000, options.seed * 10_000 + sets)
-                    tasks = [(family, tested, variance, options.n, seed, options.inheritance) for seed in seeds]
-                    p = np.array(pool.map(p_value, tasks, chunksize=5))
-                    usable = p[np.isfinite(p)]
-                    row = {
-                        "family": family,
-                        "tested": tested,
-                        "n": options.n,
-                        "variance": variance,
-                        "sets": len(usable),
-                    }
-                    for level in (0.05, 0.01):
-                        row[f"below_{level}"] = (usable < level).mean()
-                    row["error"] = np.sqrt(max(row["below_0.05"] * (1 - row["below_0.05"]), 1e-4) / len(usable))
-                    rows.append(row | {"mean_p": usable.mean(), "seconds": (time.perf_counter() - began) / sets})
-                    print(table(rows[-1:], 3), flush=True)
+                    methods = tuple(options.methods)
+                    tasks = [
+                        (family, tested, variance, options.n, seed, options.inheritance, methods) for seed in seeds
+                    ]
+                    found = np.array(pool.map(p_values, tasks, chunksize=5))
+                    seconds = (time.perf_counter() - began) / sets  # of all methods
+                    for method, p in zip(methods, found.T, strict=True):
+                        usable = p[np.isfinite(p)]
+                        row = {
+                            "family": family,
+                            "tested": tested,
+                            "method": method,
+                            "n": options.n,
+                            "inheritance": options.inheritance,
+                            "variance": variance,
+                            "sets": len(usable),
+                        }
+                        for level in (0.05, 0.01):
+                            row[f"below_{level}"] = (usable < level).mean()
+                        row["error"] = np.sqrt(max(row["below_0.05"] * (1 - row["below_0.05"]), 1e-4) / len(usable))
+                        rows.append(row | {"mean_p": usable.mean(), "seconds": seconds})
+                    print(table(rows[-len(methods) :], 3), flush=True)
     print(table(rows, 3))
     if options.out is not None:
         print(write("false_positives.csv", rows, options.out))
@@ -117,7 +148,11 @@ def draw(rows: list[dict], path: Path) -> None:
     )
     for ax, family in zip(axes[0], families, strict=True):
         for tested, color in (("lineage", "#D55E00"), ("spatial", "#0072B2")):
-            own = [row for row in rows if row["family"] == family and row["tested"] == tested]
+            own = [
+                row
+                for row in rows
+                if (row["family"], row["tested"], row["method"]) == (family, tested, rows[0]["method"])
+            ]
             x, y, error = (np.array([row[c] for row in own]) for c in ("variance", "below_0.05", "error"))
             ax.errorbar(
                 x, y, 2 * error, color=color, marker="o", markersize=3, linewidth=1, label=f"{tested}, given the other"

@@ -194,8 +194,9 @@ def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 
     Returns
     -------
-    Columns `component`; `given`, the components of the null model; `method`; `p`; and with ``"bootstrap"`` the `p_score` that was
-    calibrated.
+    Columns `component`; `given`, the components of the null model; `method`; `p`; with ``"bootstrap"`` the `p_score` that was
+    calibrated, and with ``"likelihood_ratio"`` the `statistic`. Of many fates also `response`; `q`, adjusted over the fates of a component;
+    and `status`, ``"tested"`` or ``"failed: <reason>"``.
     """
     return _later(adata, key, _keys.TESTS, "test_components", "")
 

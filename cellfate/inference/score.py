@@ -68,8 +68,14 @@ class Null:
 @torch.no_grad()
 def score_test(null: Null, engine: Engine, component: Component) -> Score:
     """Test a component that the null fit does not have; `engine` answers for it alone."""
-    shapes = _shapes(component)
-    each = []
+    shapes, operators = tested(null, engine, component)
+    each = [_p_value(null, k) for k in operators]
+    return Score(cauchy(each), tuple(each), tuple(shapes))
+
+
+def tested(null: Null, engine: Engine, component: Component) -> tuple[list[dict[str, float]], list[Operator]]:
+    """The shapes of a component that are looked at, and its covariance at a variance of one and each of them."""
+    shapes, operators = _shapes(component), []
     for shape in shapes:
         like = null.b
         lent = {name: null.values[name] for name in component.kernel.borrowed}  # shapes of components of the null model
@@ -77,8 +83,8 @@ def score_test(null: Null, engine: Engine, component: Component) -> Score:
         term = Term(
             component.name, component.kernel.structure(values, like), like.new_ones(1), component.kernel.normalized
         )
-        each.append(_p_value(null, prior_times(engine, term, like)))
-    return Score(cauchy(each), tuple(each), tuple(shapes))
+        operators.append(prior_times(engine, term, like))
+    return shapes, operators
 
 
 def _shapes(component: Component) -> list[dict[str, float]]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.vq import kmeans2
 from scipy.stats import kstest
 
 from cellfate import _keys, get
@@ -23,7 +22,7 @@ from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.store import write_table
 from cellfate.tl.fitted import fitted
-from cellfate.trees.forest import Forest
+from cellfate.tl.sets import clades, regions
 
 if TYPE_CHECKING:
     import torch
@@ -152,45 +151,6 @@ def _sets(cells: Cells, folds: int) -> dict[str, np.ndarray]:
     if cells.coordinates is not None:
         out["region"] = regions(cells.coordinates, cells.specimen, folds)
     return {name: label for name, label in out.items() if len(np.unique(label)) > 1}
-
-
-def clades(forest: Forest, leaf: np.ndarray, count: int) -> np.ndarray:
-    """Cells in about `count` clades (n,): the largest is divided at its top until there are so many."""
-    below = np.zeros(forest.n_nodes, dtype=np.int64)
-    below[leaf] = 1
-    for node in range(forest.n_nodes):  # children come before their parents
-        if forest.parent[node] >= 0:
-            below[forest.parent[node]] += below[node]
-    children: dict[int, list[int]] = {}
-    for child in np.flatnonzero((forest.parent >= 0) & (below > 0)):
-        children.setdefault(int(forest.parent[child]), []).append(int(child))
-    tops = [int(node) for node in np.flatnonzero(forest.is_root & (below > 0))]
-    while len(tops) < count:
-        divisible = [node for node in tops if below[node] > 1 and node in children]
-        if not divisible:
-            break
-        largest = max(divisible, key=lambda node: below[node])
-        tops.remove(largest)
-        tops += children[largest]
-    label = np.full(forest.n_nodes, -1)
-    for k, node in enumerate(tops):
-        label[forest.start[node] : node + 1] = k  # a subtree is a run of nodes
-    return label[leaf]
-
-
-def regions(coordinates: np.ndarray, specimen: np.ndarray, count: int) -> np.ndarray:
-    """Cells in about `count` regions (n,), each within a specimen, by k-means with a seed of its own."""
-    label, used = np.zeros(len(coordinates), dtype=np.int64), 0
-    for code in np.unique(specimen):
-        cells = np.flatnonzero(specimen == code)
-        share = max(1, round(count * len(cells) / len(coordinates)))
-        xyz = coordinates[cells]
-        distinct = len(np.unique(xyz, axis=0))
-        if min(share, distinct) > 1:
-            label[cells] = kmeans2(xyz, min(share, distinct), minit="++", seed=np.random.default_rng(0))[1]
-        label[cells] += used
-        used = int(label[cells].max()) + 1
-    return label
 
 
 def _vicinities(cells: Cells) -> dict[str, Vicinity]:

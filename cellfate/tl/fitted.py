@@ -15,6 +15,7 @@ from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.fit import GLMM
 from cellfate.io.again import modelling, reading
 from cellfate.io.anndata import read_cells
+from cellfate.io.many import Fates, find_fates
 from cellfate.tl.components import components_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,36 @@ def fitted(
     return Fitted(cells, glmm, draws, dict(adata.uns[key][_keys.MODE]), params, arguments)
 
 
+def fitted_all(
+    adata: AnnData, key: str, handed: Mapping[str, Any], device: str | torch.device
+) -> tuple[Fitted, Fates | None]:
+    """The same for a fit of many fates, too: cells and model without a fate, draws or mode, and the fates to read."""
+    if not many(adata, key):
+        return fitted(adata, key, handed, device), None
+    params = get.params(adata, key)
+    arguments = reading(params, handed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CellfateWarning)
+        cells = read_cells(adata, None, **arguments)
+        if int(params["n_cells"]) != len(cells.names):
+            raise DataError(
+                f"the fits were made on {int(params['n_cells'])} cells, and {len(cells.names)} are read now. Go on from the adata that "
+                "was fitted, or fit this one."
+            )
+        glmm = _glmm(cells, params, device)
+    names = get.responses(adata, key)["response"].tolist()
+    layer = str(params["layer"]) if "layer" in params else None
+    trials, kind = arguments["trials"], glmm.family.kind
+    fates = find_fates(adata, names, layer=layer, min_cells=0, kind=kind, trials=trials, kept=cells.kept)
+    return Fitted(cells, glmm, {}, {}, params, arguments), fates
+
+
+def many(adata: AnnData, key: str) -> bool:
+    """Is the fit one of many fates?"""
+    get.params(adata, key)
+    return _keys.RESPONSES in adata.uns[key]
+
+
 def _check_same(adata: AnnData, key: str, params: Mapping[str, Any], cells: Cells) -> None:
     """The cells that are read now are those of the fit."""
     then = get.effects(adata, key).notna().all(axis=1).to_numpy()
@@ -77,13 +108,7 @@ def _check_same(adata: AnnData, key: str, params: Mapping[str, Any], cells: Cell
 
 
 def _model(cells: Cells, params: Mapping[str, Any], device: str | torch.device) -> GLMM:
-    options = modelling(params)
-    lengthscale = float(params["lengthscale"]) if "lengthscale" in params else None
-    kernels = [str(params.get(f"{name}_kernel", "")) for name in ("lineage", "spatial")]
-    more = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
-    components = components_of(cells, kernels[0], kernels[1], lengthscale, options["rank"], **more)
-    glmm = GLMM(str(params["family"]), components, device=device, **options)
-    return glmm.on(
+    return _glmm(cells, params, device).on(
         cells.response,
         cells.design,
         cells.offset,
@@ -92,3 +117,12 @@ def _model(cells: Cells, params: Mapping[str, Any], device: str | torch.device) 
         levels=cells.levels,
         response=cells.response_name,
     )
+
+
+def _glmm(cells: Cells, params: Mapping[str, Any], device: str | torch.device) -> GLMM:
+    options = modelling(params)
+    lengthscale = float(params["lengthscale"]) if "lengthscale" in params else None
+    kernels = [str(params.get(f"{name}_kernel", "")) for name in ("lineage", "spatial")]
+    more = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
+    components = components_of(cells, kernels[0], kernels[1], lengthscale, options["rank"], **more)
+    return GLMM(str(params["family"]), components, device=device, **options)

@@ -9,8 +9,9 @@ import cellfate as cf
 from cellfate import DataError
 from cellfate.io.again import OBJECTS
 from cellfate.kernels.base import unit_scale
-from cellfate.tl.check import _sets, clades, regions
+from cellfate.tl.check import _sets
 from cellfate.tl.fitted import fitted
+from cellfate.tl.sets import clades, regions
 from cellfate.trees.convert import to_forest
 from tests.problem import entries, random_newick
 

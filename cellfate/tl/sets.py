@@ -1,0 +1,58 @@
+"""Sets of cells that belong together, by descent or by place: left out at once, or swapped among themselves."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+import numpy as np
+from scipy.cluster.vq import kmeans2
+
+from cellfate.trees.forest import Forest
+
+
+def clades(forest: Forest, leaf: np.ndarray, count: int) -> np.ndarray:
+    """Cells in about `count` clades (n,): the largest is divided at its top until there are so many."""
+    below = np.zeros(forest.n_nodes, dtype=np.int64)
+    below[leaf] = 1
+    for node in range(forest.n_nodes):  # children come before their parents
+        if forest.parent[node] >= 0:
+            below[forest.parent[node]] += below[node]
+    children: dict[int, list[int]] = {}
+    for child in np.flatnonzero((forest.parent >= 0) & (below > 0)):
+        children.setdefault(int(forest.parent[child]), []).append(int(child))
+    tops: list[int] = []  # in the order in which they were met, which settles ties
+    divisible: list[tuple[int, int, int]] = []
+
+    def meet(node: int) -> None:
+        tops.append(node)
+        if below[node] > 1 and node in children:
+            heappush(divisible, (-int(below[node]), len(tops), node))
+
+    for root in np.flatnonzero(forest.is_root & (below > 0)):
+        meet(int(root))
+    parts, divided = len(tops), set[int]()
+    while parts < count and divisible:
+        largest = heappop(divisible)[-1]
+        divided.add(largest)
+        parts += len(children[largest]) - 1
+        for part in children[largest]:
+            meet(part)
+    label = np.full(forest.n_nodes, -1)
+    for k, top in enumerate(top for top in tops if top not in divided):
+        label[forest.start[top] : top + 1] = k  # a subtree is a run of nodes
+    return label[leaf]
+
+
+def regions(coordinates: np.ndarray, specimen: np.ndarray, count: int) -> np.ndarray:
+    """Cells in about `count` regions (n,), each within a specimen, by k-means with a seed of its own."""
+    label, used = np.zeros(len(coordinates), dtype=np.int64), 0
+    for code in np.unique(specimen):
+        cells = np.flatnonzero(specimen == code)
+        share = max(1, round(count * len(cells) / len(coordinates)))
+        xyz = coordinates[cells]
+        distinct = len(np.unique(xyz, axis=0))
+        if min(share, distinct) > 1:
+            label[cells] = kmeans2(xyz, min(share, distinct), minit="++", seed=np.random.default_rng(0))[1]
+        label[cells] += used
+        used = int(label[cells].max()) + 1
+    return label
