@@ -341,6 +341,19 @@ def correlations(adata: AnnData, key: str = _keys.CORRELATIONS) -> pd.DataFrame:
     return table
 
 
+def identifiability(adata: AnnData, key: str = _keys.IDENTIFIABILITY) -> pd.DataFrame:
+    """Return what a fate in these cells could tell of ancestry and neighborhood, a row per length-scale.
+
+    Needs :func:`cellfate.pp.identifiability`, which says what its columns are.
+    """
+    held = adata.uns.get(key)
+    if not isinstance(held, pd.DataFrame) or not {"lengthscale", "variance_lineage", "verdict"} <= set(held.columns):
+        more = "" if key == _keys.IDENTIFIABILITY else f", key_added={key!r}"
+        finding = f"adata.uns[{key!r}] holds something else" if key in adata.uns else f"adata.uns has no {key!r}"
+        raise DataError(f"{finding}, wanted a row per length-scale. Run `cf.pp.identifiability(adata{more})` first.")
+    return held.astype({"verdict": object}).reset_index(drop=True)  # from disk it comes as categories
+
+
 def _single(adata: AnnData, key: str, what: str) -> None:
     """Refuse what there is only of one response."""
     if _keys.RESPONSES in _results(adata, key):

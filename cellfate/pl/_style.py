@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ WIDTH = 3.5  # inches, one column of a journal
 DPI = 300
 INK = "#333333"
 ABSENT = "#D9D9D9"  # cells without a value
+LINE, EDGE = 0.118, 0.09  # inches: a line of 7 points, and what is left free around text
 
 # Okabe & Ito: told apart with every common color vision deficiency. What is noise is grey, what is shared is between.
 COLORS = {
@@ -181,3 +182,57 @@ def figure_of(ax: Axes) -> Figure:
 def note(ax: Axes, y: float, text: str) -> None:
     """Write a number in the right margin, level with its row."""
     ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center_baseline", fontsize=7)
+
+
+def foot(
+    ax: Axes,
+    explained: Sequence[tuple[str, str]],
+    *,
+    given_ax: bool,
+    indent: float,
+    fills: Mapping[str, str] | None = None,
+) -> None:
+    """Write below everything what each mark means, `indent` inches from it; a mark stands on its fill, where it has one.
+
+    A figure of ours grows by that. Where the axes were given, it stands below their label and is as wide as they are.
+    """
+    figure = figure_of(ax)
+    if explained and given_ax:
+        figure.draw_without_rendering()  # how wide the axes are once their figure is laid out
+    width = ax.get_window_extent().width / figure.dpi if given_ax else figure.get_figwidth() - 2 * EDGE
+    blocks = [_lines(text, width - indent) for _, text in explained]
+    heights = [LINE * len(lines) + EDGE for lines in blocks]
+    strip = sum(heights) + EDGE
+    whole = figure.get_figheight() + strip
+    if explained and not given_ax:
+        figure.set_figheight(whole)
+        figure.set_layout_engine("constrained", rect=(0, strip / whole, 1, 1 - strip / whole))
+    down = EDGE
+    for (mark, _), lines, height in zip(explained, blocks, heights, strict=True):
+        fill = (fills or {}).get(mark)
+        box = {"facecolor": fill, "edgecolor": "none", "pad": 1.5} if fill else None
+        for right, text, behind in ((0.0, mark, box), (indent, "\n".join(lines), None)):
+            look: dict[str, Any] = {"fontsize": 7, "va": "top", "linespacing": 1.15, "bbox": behind}
+            if given_ax:
+                below = (72 * right, -72 * down)
+                label = ("axes fraction", ax.xaxis.label)
+                ax.annotate(text, (0, 0), below, xycoords=label, textcoords="offset points", **look)
+            else:
+                figure.text((EDGE + right) / figure.get_figwidth(), (strip - down) / whole, text, **look)
+        down += height
+
+
+def _lines(text: str, width: float) -> list[str]:
+    """Break a text of 7 points where it would be wider than so many inches."""
+    from matplotlib.textpath import TextPath
+
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        # a screen puts letters on whole pixels, which takes a little more than their outlines
+        fits = 1.03 * TextPath((0, 0), longer, size=7).get_extents().width < 72 * width
+        if fits or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -75,10 +75,12 @@ def identifiability(
 
     Returns
     -------
-    `None`, or the copy. Writes `adata.uns[key_added]`, a row per length-scale:
+    `None`, or the copy. Writes `adata.uns[key_added]`, a row per length-scale, see :func:`cellfate.pl.identifiability`:
 
     `alignment`
         Of both kernels, centered: 0 where they make different cells alike, 1 where the same.
+    `variance_lineage`, `variance_spatial`
+        What was assumed.
     `error_lineage`, `error_spatial`, `correlation`
         Expected standard errors of the variances, and the correlation of the errors.
     `share`, `error_share`
@@ -145,6 +147,7 @@ def identifiability(
         values = {f"variance_{name}": assumed[name] for name in PAIR} | {f"lengthscale_{PAIR[1]}": float(scale)}
         found = expected(model, focused, values, precision)
         row = {"lengthscale": float(scale), "alignment": found.alignment}
+        row |= {f"variance_{name}": assumed[name] for name in PAIR}
         row |= {f"error_{name}": error for name, error in found.errors.items()}
         row |= {"correlation": found.correlation, "share": found.share, "error_share": found.error_share}
         row |= {f"power_{name}": power for name, power in found.power.items()}

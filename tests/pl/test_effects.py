@@ -1,13 +1,12 @@
 """Colors are effects, places are coordinates, one scale serves all panels, and nothing is printed over another."""
 
-import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
 import cellfate as cf
 from cellfate.pl import _style
-from tests.pl.helpers import texts
+from tests.pl.helpers import texts, words_of
 from tests.synthetic import synthetic_result
 
 
@@ -150,14 +149,6 @@ def test_three_dimensions_and_two_of_them():
     xyz = xyz[np.argsort(xyz[:, 1])]  # from back to front
     np.testing.assert_array_equal(cells_of(axes[0]).get_offsets(), xyz[:, [0, 2]])
     assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("spatial 1", "spatial 3")
-
-
-def words_of(figure):
-    """Every visible word and where it is printed."""
-    renderer = figure.canvas.get_renderer()
-    figure.draw(renderer)
-    words = [t for t in figure.findobj(matplotlib.text.Text) if t.get_visible() and t.get_text().strip()]
-    return [(t.get_text(), t.get_window_extent(renderer)) for t in words if t.get_figure() is not None]
 
 
 @pytest.mark.parametrize("common_scale", [True, False])

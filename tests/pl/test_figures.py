@@ -7,9 +7,16 @@ import pytest
 
 import cellfate as cf
 from cellfate.pl import _style
+from tests.pl.helpers import with_comparison
 from tests.synthetic import synthetic_result
 
+
+def compare(adata, **options):
+    return cf.pl.compare(with_comparison(adata), **options)
+
+
 FIGURES = {
+    "compare": (compare, {}),
     "variance_shares": (cf.pl.variance_shares, {}),
     "posterior": (cf.pl.posterior, {}),
     "effects": (cf.pl.effects, {"components": "lineage"}),
