@@ -51,7 +51,8 @@ class Hyperposterior:
     """Draws of hyperparameters and fixed effects, and what was integrated over them.
 
     values: natural value (DRAWS,) by name; beta: (DRAWS, p); effects: component -> mean and sd (n,); realized: component ->
-    (DRAWS,) sample variance of the field over the cells, "shared" for twice the covariances.
+    (DRAWS,) of the sample variance over the cells, what is that component's own, and "shared" for twice the covariance of what is expected
+    of two of them.
     """
 
     values: dict[str, np.ndarray]
@@ -381,13 +382,20 @@ def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: 
     if here.theta.beta is not None and here.theta.beta.shape[1]:
         fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
 
-    def spread(field: Tensor) -> np.ndarray:
-        """Sample variance over the cells, on average over copies."""
-        return field.unflatten(-2, (model.data.copies, -1)).var(-2).mean(-2).cpu().numpy()
+    def together(x: Tensor, y: Tensor) -> np.ndarray:
+        """Sample covariance over the cells, on average over copies."""
+        x, y = (z.unflatten(-2, (model.data.copies, -1)) for z in (x, y))
+        return ((x - x.mean(-2, keepdim=True)) * y).sum(-2).div(x.shape[-2] - 1).mean(-2).cpu().numpy()
 
-    realized = {name: spread(field) for name, field in fields.items()}
-    whole = spread(torch.as_tensor(sum(fields.values())))
-    realized[SHARED] = whole - sum(realized.values())
+    # Draws alone would never show what two components explain alike: where one has more of it in a draw, the other has less. What both
+    # are expected to hold is taken out of each, so that a component keeps what is its own.
+    expected = fields | {name: mean[..., None] for name, mean in means.items()}
+    whole, all_expected = (torch.as_tensor(sum(of.values())) for of in (fields, expected))
+    realized = {
+        name: together(field, whole) - together(expected[name], all_expected - expected[name])
+        for name, field in fields.items()
+    }
+    realized[SHARED] = together(whole, whole) - sum(realized.values())
     if model.family.parameter == "variance_residual":
         residual = here.theta.values["sd_residual"].square().cpu().numpy()
         realized[RESIDUAL] = np.repeat(residual[:, None], count, axis=1)

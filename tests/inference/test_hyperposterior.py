@@ -13,6 +13,7 @@ from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, integrate
 from cellfate.inference.mode import find_mode
 from cellfate.inference.sites import Laplace, Variational
 from cellfate.kernels.base import Component
+from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.spatial import Matern32
 from cellfate.model.catalog import get_family
 from cellfate.model.families import Outcome
@@ -213,26 +214,48 @@ def test_effects_and_fixed_effects_are_mixtures_over_the_grid(gridded):
     assert np.corrcoef(draws.T)[0, 1] == pytest.approx(correlation, abs=0.06)
 
 
-def test_realized_variances_are_those_of_the_fields(gridded):
-    """Of the fixed part by its exact mean; of a field between the variance of its mean and what independent cells would add."""
+def test_realized_variances_are_what_each_component_has_for_itself(gridded):
+    """Of the fixed part by its exact moments, less what its mean shares; of a field between what its mean has and what cells add."""
     grid, found = gridded
     x = grid.model.data.design.numpy()
     second_moment = grid.beta_covariance + np.outer(grid.beta, grid.beta)
     for name, (mean, sd) in grid.effects.items():
         draws = found.realized[name]
-        assert (draws >= 0).all()
         if name == "fixed":
-            assert draws.mean() == pytest.approx(np.trace(np.cov(x.T) @ second_moment), rel=0.12)
+            assert draws.mean() == pytest.approx(np.trace(np.cov(x.T) @ second_moment), rel=0.2)
         else:
-            assert 0.9 * mean.var(ddof=1) < draws.mean() < 1.1 * (mean.var(ddof=1) + (sd**2).mean())
+            assert 0.8 * mean.var(ddof=1) < draws.mean() < 1.1 * (mean.var(ddof=1) + (sd**2).mean())
 
 
 def test_realized_variances_add_up(gridded):
-    """With twice the covariances, to the variance of the whole, which is not negative in any draw."""
+    """With what is shared, to the variance of the whole, which is not negative in any draw."""
     grid, found = gridded
     parts = [found.realized[name] for name in grid.effects]
     assert (sum(parts) + found.realized["shared"] >= 0).all()
     assert np.abs(found.realized["shared"]).max() > 0
+
+
+@pytest.mark.parametrize(("same", "shares"), [(True, (0.25, 0.25, 0.5)), (False, (0.5, 0.5, 0.0))])
+def test_what_cannot_be_told_apart_is_shared(same, shares):
+    """Two components of one kernel and little noise: each is expected to hold half of the field, so of its variance a quarter is
+    either's own and half is shared, whatever the field. Of two kernels that have nothing in common, nothing is.
+    """
+    rng, k = np.random.default_rng(0), 12
+    codes, other = np.divmod(np.arange(k * k), k)  # each level of one has each level of the other once
+    other, n = codes if same else other, k * k
+    fields = [rng.standard_normal(k)[c] for c in (codes, other)]
+    fields = [(f - f.mean()) / f.std() for f in fields]
+    y = (np.sqrt(2) * fields[0] if same else fields[0] + fields[1]) + 0.05 * rng.standard_normal(n)
+    components = [Component("one", Intercepts(codes)), Component("two", Intercepts(other))]
+    data = Data(Outcome(torch.as_tensor(y)), torch.ones(n, 1, dtype=torch.float64), ("Intercept",), double(np.zeros(n)))
+    priors = {"sd_one": ("fixed", 1.0), "sd_two": ("fixed", 1.0), "sd_residual": ("lognormal", 0.05, 0.1)}
+    model = Model(get_family("gaussian", None), components, data, priors)
+    engine = dense_engine(components, n)
+    mode = find_mode(model, engine, Variational())
+    found = integrate(model, engine, Variational(), mode, np.random.default_rng(0)).realized
+    total = found["one"] + found["two"] + found["shared"]
+    means = [(found[name] / total).mean() for name in ("one", "two", "shared")]
+    assert means == pytest.approx(shares, abs=0.03)
 
 
 # --- the ends of the range ---
