@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cellfate.datasets.simulate import PAIRS, _grow, _lineage_field, _plant, _spatial_field, correlation
+from cellfate.datasets.growth import grow, plant
+from cellfate.datasets.simulate import PAIRS, _lineage_field, _spatial_field, correlation
 from cellfate.kernels.base import Kernel, unit_scale
 from cellfate.kernels.lineage import Brownian
 from cellfate.kernels.spatial import Matern32
@@ -141,8 +142,8 @@ def make(name: str, n: int, *, extent: float = EXTENT, seed: int = 0) -> Problem
     cells, for_lineage, for_space, for_fate = (
         np.random.default_rng(s) for s in np.random.SeedSequence([seed, n]).spawn(4)
     )
-    grown = _grow(n, DEATH, 1, INHERITANCE, 2, cells)
-    forest, leaf = _plant([grown], np.array([f"cell{i}" for i in range(n)]), ["embryo"])
+    grown = grow(n, DEATH, 1, INHERITANCE, 2, cells)
+    forest, leaf = plant([grown], np.array([f"cell{i}" for i in range(n)]), ["embryo"])
     lengthscale = float(np.ptp(grown.positions, axis=0).max()) / extent
     effect = np.zeros(n)
     if "lineage" in recipe.fields:

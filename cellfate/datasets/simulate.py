@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from scipy.linalg import cholesky
 
 from cellfate import _keys
 from cellfate._runtime import SeedLike, generator
+from cellfate.datasets.growth import DRIFT, LAYOUTS, grow, plant, walk
 from cellfate.errors import DataError
 from cellfate.kernels.lineage import LINEAGE_KERNELS, TreeSteps
 from cellfate.kernels.spatial import SPATIAL_KERNELS
@@ -38,6 +38,7 @@ def simulate(
     variance_spatial: float | Sequence[float] = 1.0,
     lengthscale: float = 0.5,
     inheritance: float = 0.5,
+    layout: str = DRIFT,
     lineage_kernel: str = "brownian",
     alpha: float | None = None,
     pagel_lambda: float | None = None,
@@ -61,8 +62,9 @@ def simulate(
 
     Each specimen has a birth-death tree of height 1, seen from its living leaves: given their number and the age, the
     branching times are independent, a coalescent point process (Lambert and Stadler 2013). Positions are
-    :math:`\sqrt{h}` times Brownian motion along the tree plus :math:`\sqrt{1-h}` times independent noise, both with unit
-    variance on each axis, so that inheritance `h` confounds ancestry with neighborhood to a tunable degree. Both effects are
+    :math:`\sqrt{h}` times what is inherited plus :math:`\sqrt{1-h}` times independent noise, both with unit variance on each axis, so
+    that inheritance `h` confounds ancestry with neighborhood to a tunable degree. What is inherited is Brownian motion along the tree,
+    by which clades come to lie across each other, or a territory of each clade's own. Both effects are
     draws from their kernel divided by its c(K), so that a variance is the expected variance among these cells, as
     :func:`cellfate.tl.decompose` reports it.
 
@@ -81,6 +83,8 @@ def simulate(
         Of the spatial kernel; positions have unit variance on each axis.
     inheritance
         0 (relatives are scattered) to 1 (a position is all ancestry).
+    layout
+        ``"drift"``; or ``"territories"``, as in many embryos: children divide the territory of their parent by their numbers of cells.
     lineage_kernel, alpha, pagel_lambda, burst_rate
         `brownian`, `ou` (with `alpha`, default 2), `pagel` (with `pagel_lambda`, default 0.7), `early_burst`
         (with `burst_rate`, default 5; trees have height 1), or `clone`, for which the tree is cut when about sqrt(n) lineages
@@ -121,6 +125,7 @@ def simulate(
     _need(1 <= n_specimens <= n, "n_specimens", n_specimens, f"between 1 and n = {n}")
     _need(dimensions in (2, 3), "dimensions", dimensions, "2 or 3")
     _need(0 <= inheritance <= 1, "inheritance", inheritance, "between 0 and 1")
+    _need(layout in LAYOUTS, "layout", layout, f"one of {', '.join(LAYOUTS)}")
     _need(0 <= death < 1, "death", death, "at least 0 and below 1, death rate over birth rate")
     _need(0 < lengthscale < np.inf, "lengthscale", lengthscale, "positive and finite")
     _need(n_fates >= 2, "n_fates", n_fates, "2 or more")
@@ -145,9 +150,9 @@ def simulate(
 
     specimen = np.sort(np.arange(n) % n_specimens)
     founders = max(2, round(np.sqrt(n / n_specimens))) if lineage_kernel == "clone" else 1
-    grown = [_grow(size, death, founders, inheritance, dimensions, rng) for size in np.bincount(specimen)]
+    grown = [grow(size, death, founders, inheritance, dimensions, rng, layout) for size in np.bincount(specimen)]
     names = np.array([f"cell{i}" for i in range(n)])
-    forest, leaf = _plant(grown, names, [f"specimen{i}" for i in range(n_specimens)])
+    forest, leaf = plant(grown, names, [f"specimen{i}" for i in range(n_specimens)])
     xyz = np.concatenate([one.positions for one in grown])
 
     marks = [f"[{fate}]" for fate in range(n_fates)] if family == "categorical" else [""]
@@ -197,6 +202,7 @@ def simulate(
         "spatial_kernel": spatial_kernel,
         "lengthscale": float(lengthscale),
         "inheritance": float(inheritance),
+        "layout": layout,
         "death": float(death),
         "intercept": float(intercept),
         "coefficients": {name: float(slope) for name, slope in coefficients.items()},
@@ -228,117 +234,7 @@ def _each(name: str, variance: float | Sequence[float], family: str, n_fates: in
     return found
 
 
-# --- trees and positions --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Grown:
-    """The trees of one specimen, in post-order with no names yet; its cells are the leaves, shuffled."""
-
-    parent: np.ndarray  # (nodes,)
-    length: np.ndarray  # (nodes,)
-    leaf: np.ndarray  # (cells,) the node of each cell
-    positions: np.ndarray  # (cells, d)
-
-
-def _grow(n: int, death: float, founders: int, inheritance: float, dimensions: int, rng: np.random.Generator) -> _Grown:
-    parent, age = birth_death(n, death, rng)
-    length = np.where(parent >= 0, age[parent] - age, 1.0 - age)  # a tree of one cell: its own life
-    motion = walk(parent, None, length, rng.standard_normal((len(parent), dimensions)))
-    # Rows in an order of their own, so that nothing downstream can rely on cells standing in the order of the leaves.
-    leaf = rng.permutation(np.flatnonzero(age == 0))
-    noise = rng.standard_normal((n, dimensions))
-    positions = np.sqrt(inheritance) * _unit(motion[leaf]) + np.sqrt(1 - inheritance) * _unit(noise)
-    if min(founders, n) > 1:
-        parent, length, leaf = _cut(parent, age, leaf, min(founders, n))
-    return _Grown(parent, length, leaf, positions)
-
-
-def birth_death(n: int, death: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Parents, in post-order, and ages (nodes,) of the living part of a birth-death tree with `n` leaves and root age 1.
-
-    Between one leaf and the next lies one branching, and their ages are independent draws of
-    F(t) = (e^rt - 1) / (e^rt - death), with birth rate 1 and r = 1 - death, up to the age at which n leaves are expected. The
-    tree is the one in which a branching is above all younger ones that no older one separates from it.
-    """
-    if n == 1:
-        return np.array([-1]), np.zeros(1)
-    r = 1.0 - death
-    u = (n - 1) / n * rng.random(n - 1)  # 1/n of all branchings is older than the age at which n leaves are expected
-    split = np.log((1 - death * u) / (1 - u)) / r
-    split = np.maximum(split / split.max(), np.finfo(float).tiny)
-    older = split.tolist()
-    left, right = [-1] * (n - 1), [n - 1] * (n - 1)  # the nearest older branching on either side
-    stack: list[int] = []
-    for j, height in enumerate(older):
-        while stack and older[stack[-1]] < height:
-            right[stack.pop()] = j
-        left[j] = stack[-1] if stack else -1
-        stack.append(j)
-    # Leaves are 0..n-1 and branching j, between leaves j and j+1, is n+j; it covers leaves left+1..right.
-    first = np.concatenate([np.arange(n), np.array(left) + 1])
-    last = np.concatenate([np.arange(n), np.array(right)])
-    age = np.concatenate([np.zeros(n), split])
-    height = np.concatenate([[np.inf], split, [np.inf]])  # of the branching before each leaf, and of the last
-    before, after = height[first], height[last + 1]
-    above = np.where(before < after, first - 1, last)  # the younger of the two branchings that end the node's range
-    above = np.where(np.isinf(np.minimum(before, after)), -1, above + n)
-    order = np.lexsort((-first, last))  # post-order: by the last leaf covered, smaller subtrees first
-    index = np.empty(2 * n, dtype=np.int64)
-    index[order] = np.arange(2 * n - 1)
-    index[-1] = -1
-    return index[above[order]], age[order]
-
-
-def _cut(parent: np.ndarray, age: np.ndarray, leaf: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keep what comes after the (k-1)-th branching, with the time since it scaled to 1: k trees."""
-    oldest = np.argsort(-age, kind="stable")[: k - 1]
-    since = age[oldest[-1]]
-    stay = np.ones(len(parent), dtype=bool)
-    stay[oldest] = False
-    index = np.append(np.cumsum(stay) - 1, -1)
-    founder = (parent < 0) | ~stay[parent]
-    length = np.where(founder, since, age[parent]) - age
-    return np.where(founder, -1, index[parent])[stay], length[stay] / since, index[leaf]
-
-
-def _plant(grown: Sequence[_Grown], names: np.ndarray, specimens: Sequence[str]) -> tuple[Forest, np.ndarray]:
-    """One forest of all specimens, and the leaf of every cell in it."""
-    offsets = np.cumsum([0, *(len(one.parent) for one in grown)])
-    parent = [np.where(one.parent < 0, -1, one.parent + offset) for one, offset in zip(grown, offsets, strict=False)]
-    leaf = np.concatenate([one.leaf + offset for one, offset in zip(grown, offsets, strict=False)])
-    labels = np.full(offsets[-1], "", dtype=object)
-    labels[leaf] = names
-    trees = tuple(name for name, one in zip(specimens, grown, strict=True) for _ in range(int((one.parent < 0).sum())))
-    return Forest(np.concatenate(parent), np.concatenate([one.length for one in grown]), labels, trees), leaf
-
-
-def _unit(columns: np.ndarray) -> np.ndarray:
-    centered = columns - columns.mean(axis=0)
-    spread = centered.std(axis=0, ddof=1) if len(columns) > 1 else np.ones(columns.shape[1])
-    return centered / spread
-
-
 # --- fields ---------------------------------------------------------------------------------------------------------------
-
-
-def walk(parent: np.ndarray, gain: np.ndarray | None, noise: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Values (nodes, k) of Gaussian processes along the trees, from standard normal `z` (nodes, k).
-
-    By pointer jumping: a node adds the sum of the stretch above it and then points past that stretch, so that a path of any
-    depth takes log2(depth) rounds.
-    """
-    value = np.sqrt(noise)[:, None] * z
-    factor = np.ones(len(parent)) if gain is None else gain.copy()
-    jump = parent.copy()
-    on = np.flatnonzero(jump >= 0)
-    while on.size:
-        to = jump[on]
-        value[on] += factor[on, None] * value[to]
-        factor[on] *= factor[to]
-        jump[on] = jump[to]
-        on = on[jump[on] >= 0]
-    return value
 
 
 def _lineage_field(

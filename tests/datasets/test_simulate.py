@@ -10,14 +10,13 @@ from scipy import stats
 from scipy.special import expit
 
 import cellfate as cf
+from cellfate.datasets.growth import birth_death, territories, walk
 from cellfate.datasets.simulate import (
     EXACT,
     _lineage_field,
     _spatial_field,
-    birth_death,
     fourier_field,
     simulate,
-    walk,
 )
 from cellfate.errors import DataError
 from cellfate.trees.convert import to_forest
@@ -483,3 +482,44 @@ def test_fates_can_have_variances_of_their_own():
     for wrong in (-2.0, np.nan, np.inf):
         with pytest.raises(DataError, match="variance_lineage"):
             simulate(20, family="categorical", variance_lineage=(1.0, wrong, 1.0))
+
+
+# --- territories ---
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_territories_are_apart_and_as_large_as_clades(dimensions):
+    """Of every clade: no cell of another lies within the box of its cells, whose volume is near its share of all."""
+    rng = np.random.default_rng(0)
+    parent, age = birth_death(64, 0.0, rng)
+    xyz = territories(parent, age == 0, dimensions)
+    members = [{i} if age[i] == 0 else set() for i in range(len(parent))]
+    for i, above in enumerate(parent):
+        if above >= 0:
+            members[above] |= members[i]
+    leaves = np.flatnonzero(age == 0)
+    assert ((xyz > 0) & (xyz < 1)).all()
+    assert len(np.unique(xyz[leaves], axis=0)) == 64
+    for clade in members:
+        inside = np.array(sorted(clade))
+        low, high = xyz[inside].min(0), xyz[inside].max(0)
+        others = np.setdiff1d(leaves, inside)
+        assert not ((xyz[others] >= low) & (xyz[others] <= high)).all(1).any()
+        assert np.prod(high - low) < len(inside) / 64
+    root = int(np.flatnonzero(parent < 0)[0])
+    for child in np.flatnonzero(parent == root):
+        weighted = xyz[sorted(members[child])].mean(0)
+        assert np.abs(weighted - xyz[child]).max() < 0.25
+
+
+def test_territories_confound_more_than_drift():
+    """Kernel alignment at the same inheritance, on three trees: clades that drift lie across each other."""
+    for seed in range(3):
+        found = {}
+        for layout in ("drift", "territories"):
+            adata = simulate(150, inheritance=0.95, layout=layout, rng=seed)
+            cf.pp.identifiability(adata, lengthscales=[0.6])
+            found[layout] = adata.uns["cellfate_identifiability"]["alignment"].item()
+        assert found["territories"] > found["drift"] + 0.1
+    with pytest.raises(DataError, match="layout"):
+        simulate(20, layout="grid", rng=0)
