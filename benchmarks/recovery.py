@@ -3,6 +3,7 @@
     python benchmarks/recovery.py --family ordinal --sets 50 --n 500
     python benchmarks/recovery.py --family poisson_olre --sets 50 --n 500
     python benchmarks/recovery.py --family categorical_per_fate --sets 50 --n 500
+    python benchmarks/recovery.py --family bernoulli --sets 50 --n 1000 --methods variational laplace
 
 `poisson_olre`: counts whose cells differ by an effect of their own, too. `categorical_per_fate`: three fates, whose variances differ
 and are estimated one by one.
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", default="ordinal")
     parser.add_argument("--sets", type=int, default=50)
     parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--methods", nargs="+", default=["variational"], help="of `cf.tl.decompose`, on the same sets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the rows as CSV")
@@ -60,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truth = TRUTH | ({"olre": OLRE} if olre else {})
     if own:
         truth = {f"{name}[{k}]": v / len(of) for name, of in PER_FATE.items() for k, v in enumerate(of)}
-    found: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth}
-    began = time.perf_counter()
+    found: dict[tuple[str, str], list[tuple[float, float, bool]]] = {
+        (method, name): [] for method in options.methods for name in truth
+    }
+    seconds = dict.fromkeys(options.methods, 0.0)
     for k in range(options.sets):
         seed = np.random.SeedSequence([options.seed, k, options.n])
         variances = {f"variance_{name}": value for name, value in (PER_FATE if own else TRUTH).items()}
@@ -70,20 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         adata = cf.datasets.simulate(options.n, **of, **variances, lengthscale=LENGTHSCALE, rng=rng)
         if olre:  # what was measured is the log rate
             adata.obs["fate"] = rng.poisson(np.exp(adata.obs["fate"]))
-        cf.tl.decompose(adata, "fate", family=family, lengthscale=LENGTHSCALE, rng=k, **MORE.get(options.family, {}))
-        draws, mode = cf.get.draws(adata), adata.uns["cellfate"]["mode"]
-        for name, value in truth.items():
-            low, middle, high = np.quantile(draws[f"variance_{name}"], [0.025, 0.5, 0.975])
-            found[name].append((middle, mode[f"variance_{name}"], low <= value <= high))
+        for method in options.methods:
+            began = time.perf_counter()
+            more = MORE.get(options.family, {})
+            cf.tl.decompose(adata, "fate", family=family, method=method, lengthscale=LENGTHSCALE, rng=k, **more)
+            draws, mode = cf.get.draws(adata), adata.uns["cellfate"]["mode"]
+            for name, value in truth.items():
+                low, middle, high = np.quantile(draws[f"variance_{name}"], [0.025, 0.5, 0.975])
+                found[method, name].append((middle, mode[f"variance_{name}"], low <= value <= high))
+            seconds[method] += (time.perf_counter() - began) / options.sets
         print(f"{k + 1} of {options.sets}", end="\r", file=sys.stderr)
     rows = []
-    for name, values in found.items():
+    for (method, name), values in found.items():
         median, mode, inside = np.array(values, dtype=float).T
-        row = {"family": options.family, "n": options.n, "sets": options.sets, "component": name, "truth": truth[name]}
+        row = {"family": options.family, "method": method, "n": options.n, "sets": options.sets}
+        row |= {"component": name, "truth": truth[name]}
         for label, x in (("median", median), ("mode", mode)):
             row |= {label: x.mean(), f"bias_{label}": x.mean() / truth[name] - 1}
             row[f"error_{label}"] = x.std(ddof=1) / np.sqrt(len(x)) / truth[name]
-        row |= {"coverage": inside.mean(), "seconds": (time.perf_counter() - began) / options.sets}
+        row |= {"coverage": inside.mean(), "seconds": seconds[method]}
         rows.append(row)
     print(table(rows, 3))
     if options.out is not None:
