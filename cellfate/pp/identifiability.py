@@ -27,7 +27,12 @@ from cellfate.model.glmm import Data, Model
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FAMILIES = {"gaussian": 0.0, "bernoulli": 0.5, "poisson": 1.0}  # and the mean of a response, where nothing else is said
+FAMILIES = {
+    "gaussian": 0.0,
+    "bernoulli": 0.5,
+    "binomial": 0.5,
+    "poisson": 1.0,
+}  # and the mean of a response, where nothing else is said
 BETWEEN = (0.2, 0.4, 0.6, 0.8)  # the shortest and the longest length-scale, in logs
 AROUND = 1.5  # a length-scale, that columns are made for
 
@@ -42,6 +47,7 @@ def identifiability(
     library_key: str | None = None,
     family: str = "bernoulli",
     mean: float | None = None,
+    trials: int | None = None,
     variances: Mapping[str, float] | None = None,
     lengthscales: Sequence[float] | None = None,
     rank: int | None = None,
@@ -61,9 +67,11 @@ def identifiability(
     lineage, lineage_kernel, spatial, spatial_kernel, library_key, rank, device
         As in :func:`cellfate.tl.decompose`; a kernel of positions and a tree without shapes of its own.
     family
-        ``"bernoulli"``, ``"poisson"`` or ``"gaussian"``: how much a cell says.
+        ``"bernoulli"``, ``"binomial"``, ``"poisson"`` or ``"gaussian"``: how much a cell says.
     mean
-        Mean of the fate: 0.5 of the cells, or one count, where nothing is said.
+        Mean of the fate: 0.5 of the cells or trials, or one count, where nothing is said.
+    trials
+        Of each cell, for ``"binomial"``.
     variances
         Of `lineage` and `spatial` on link scale, and `residual` for gaussian; 1 each where nothing is said.
     lengthscales
@@ -103,6 +111,13 @@ def identifiability(
         raise DataError("identifiability is about ancestry and neighborhood: give both a tree and coordinates.")
     if family not in FAMILIES:
         raise unknown("family", family, tuple(FAMILIES))
+    if (family == "binomial") != (trials is not None) or not (
+        trials is None or (isinstance(trials, int | np.integer) and trials > 0)
+    ):
+        raise DataError(
+            f"trials is {trials!r} with family={family!r}: 'binomial' needs how many trials a cell has, such as 10, and no other family "
+            "has any."
+        )
     for argument, name, kernels in (
         ("lineage_kernel", lineage_kernel, LINEAGE_KERNELS),
         ("spatial_kernel", spatial_kernel, SPATIAL_KERNELS),
@@ -112,7 +127,7 @@ def identifiability(
     cells = read_cells(
         adata,
         None,
-        family=family,
+        family="bernoulli" if family == "binomial" else family,  # of which nothing is read
         lineage=lineage,
         lineage_kernel=lineage_kernel,
         spatial=spatial,
@@ -137,9 +152,10 @@ def identifiability(
         raise DataError(f"lengthscales is {lengthscales!r}, wanted positive numbers in the units of the coordinates.")
     on, zero = resolve_device(device), torch.zeros(cells.n, dtype=torch.float64)
     y = torch.as_tensor(np.resize([0.0, 1.0], cells.n)).to(on)  # of which nothing is taken
-    data = Data(Outcome(y), torch.ones_like(y)[:, None], ("Intercept",), zero.to(on))
+    total = None if trials is None else torch.full_like(y, trials)
+    data = Data(Outcome(y, total), torch.ones_like(y)[:, None], ("Intercept",), zero.to(on))
     model = Model(get_family(family, None), components, data, {"beta": ("normal", 10.0)})
-    precision = _precision(family, mean, assumed)
+    precision = _precision(family, mean, assumed, trials)
     engine, _ = choose("auto", components, cells.n, device=on, dtype=torch.float64, rank=rank)
     rows = []
     for scale in progress(scales, desc="length-scales", unit="length-scale"):
@@ -167,15 +183,17 @@ def _variances(given: Mapping[str, float] | None, family: str) -> dict[str, floa
     return assumed
 
 
-def _precision(family: str, mean: float | None, assumed: Mapping[str, float]) -> float:
+def _precision(family: str, mean: float | None, assumed: Mapping[str, float], trials: int | None = None) -> float:
     """What one cell says of its latent value: the expected curvature of the log-density, over cells that differ."""
     if family == "gaussian":
         return 1 / assumed["residual"]
     mean = FAMILIES[family] if mean is None else mean
-    highest = 1.0 if family == "bernoulli" else np.inf
+    binary = family in ("bernoulli", "binomial")
+    highest = 1.0 if binary else np.inf
     if not 0 < mean < highest:
         raise DataError(f"mean is {mean!r}, wanted the mean of a {family} fate, between 0 and {highest:g}.")
     fate, total = get_family(family, None), assumed[PAIR[0]] + assumed[PAIR[1]]
-    eta = np.log(mean / (1 - mean)) if family == "bernoulli" else np.log(mean) - total / 2
+    eta = np.log(mean / (1 - mean)) if binary else np.log(mean) - total / 2
     at = torch.tensor([eta], dtype=torch.float64)
-    return float(fate.expect(Outcome(torch.zeros(1).to(at)), at, torch.full_like(at, total)).precision)
+    tries = None if trials is None else torch.full_like(at, trials)
+    return float(fate.expect(Outcome(torch.zeros(1).to(at), tries), at, torch.full_like(at, total)).precision)

@@ -149,6 +149,26 @@ def test_wrong_questions(arguments, message):
     assert KEY not in adata.uns
 
 
+def test_trials_are_so_many_yeses_or_noes(adata):
+    """One trial is a bernoulli fate; of many, errors are those of what is measured directly, with that precision."""
+    tables = {}
+    for name, arguments in {
+        "bernoulli": {"family": "bernoulli"},
+        "one": {"family": "binomial", "trials": 1},
+        "many": {"family": "binomial", "trials": 40},
+    }.items():
+        found = cf.pp.identifiability(adata, lengthscales=[LENGTHSCALE], copy=True, **arguments)
+        tables[name] = found.uns[KEY].drop(columns="verdict").iloc[0].astype(float)
+    np.testing.assert_allclose(tables["one"], tables["bernoulli"])
+    z, w = np.polynomial.hermite_e.hermegauss(200)
+    p = 1 / (1 + np.exp(-np.sqrt(2) * z))
+    precision = 40 * float((w * p * (1 - p)).sum() / w.sum())
+    expected = written_out(adata, (1.0, 1.0), precision, residual=False)[0]
+    np.testing.assert_allclose(
+        tables["many"][["error_lineage", "error_spatial"]], np.sqrt(np.diag(expected)[:2]), rtol=1e-3
+    )
+
+
 def test_a_copy_leaves_adata_alone():
     adata = embryo()
     copy = cf.pp.identifiability(adata, lengthscales=[10.0], copy=True)
