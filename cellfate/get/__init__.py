@@ -19,6 +19,7 @@ from cellfate.get.tables import (
     prior_sensitivity,
     responses,
     tests,
+    trees,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "prior_sensitivity",
     "responses",
     "tests",
+    "trees",
 ]
