@@ -25,6 +25,7 @@ CALIBRATION = "calibration"
 PRIOR_SENSITIVITY = "prior_sensitivity"
 IDENTIFIABILITY = "cellfate_identifiability"
 CORRELATIONS = "cellfate_correlations"
+TREES = "trees"  # a row per tree, where there are several of the same cells
 RESPONSES = "responses"  # a row per response, where there are many
 
 

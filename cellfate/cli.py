@@ -99,9 +99,18 @@ def _add_decompose(commands: Any) -> None:
     command.add_argument(
         "--tree",
         dest="lineage",
+        nargs="+",
         metavar="FILE_OR_KEY",
         default=ABSENT,
-        help="Newick file, or key of .obst or .uns (for --lineage-kernel clone also a column of .obs), or 'none'",
+        help="Newick file, or key of .obst or .uns (for --lineage-kernel clone also a column of .obs), or 'none'; several are "
+        "as many trees of the same cells, fitted under each and pooled",
+    )
+    command.add_argument(
+        "--tree-weights",
+        nargs="+",
+        metavar="WEIGHT",
+        default=ABSENT,
+        help="of several trees: evidence, equal, or a number for each",
     )
     command.add_argument(
         "--missing", default="error", help="for a Newick file: error, drop or isolate; see cellfate.pp.set_tree"
@@ -242,6 +251,8 @@ def decompose(
     adata = read(input)
     if out.suffix != input.suffix:
         raise DataError(f"{out} and {input} differ in format: keep {input.suffix}, so that nothing is lost.")
+    if "tree_weights" in options:
+        options["tree_weights"] = _tree_weights(options["tree_weights"])
     if "lineage" in options:
         options["lineage"] = _lineage(adata, options["lineage"], missing)
     elif not any(_keys.TREE in slot for slot in (adata.uns, getattr(adata, "obst", {}), adata.obs)):
@@ -257,10 +268,28 @@ def decompose(
     logger.info("results are in %s, uns[%r]", out, key)
 
 
-def _lineage(adata: AnnData, text: str, missing: str) -> str | None:
-    """Turn what `--tree` names into a key: a file is stored under the usual one, or beside a tree that is there."""
-    if text == "none":
+def _tree_weights(words: list[str]) -> str | list[float]:
+    """Read ``evidence``, ``equal``, or numbers."""
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        if len(words) == 1:
+            return words[0]
+        raise DataError(f"--tree-weights {' '.join(words)}: give evidence, equal, or a number for each tree.") from None
+
+
+def _lineage(adata: AnnData, words: list[str], missing: str) -> str | list[str] | None:
+    """Turn what `--tree` names into a key, or a list of keys where it names several trees."""
+    if words == ["none"]:
         return None
+    if "none" in words:
+        raise DataError(f"--tree {' '.join(words)}: 'none' leaves ancestry out, and stands alone.")
+    keys = [_tree(adata, text, missing, alone=len(words) == 1) for text in words]
+    return keys[0] if len(keys) == 1 else keys
+
+
+def _tree(adata: AnnData, text: str, missing: str, *, alone: bool) -> str:
+    """The key of a tree: a file is stored under the usual one, or by its name beside other trees."""
     slots: dict[str, Any] = {"obst": getattr(adata, "obst", {}), "uns": adata.uns, "obs": adata.obs}
     if any(text in slot for slot in slots.values()):
         return text
@@ -269,13 +298,11 @@ def _lineage(adata: AnnData, text: str, missing: str) -> str | None:
         found = ", ".join(f"{name} {sorted(slot)}" for name, slot in slots.items() if len(slot))
         raise DataError(f"--tree {text}: there is no such file and no such key; the data have {found or 'no keys'}.")
     taken = [slot for slot in ("obst", "uns") if _keys.TREE in slots[slot]]
-    key = f"{_keys.TREE}_{path.stem}" if taken else _keys.TREE
-    if taken and any(key in slots[slot] for slot in ("obst", "uns")):
-        raise DataError(
-            f"--tree {text}: the data have a tree {_keys.TREE!r} and one called {key!r}; give --tree {key} to use it."
-        )
+    key = f"{_keys.TREE}_{path.stem}" if taken or not alone else _keys.TREE
+    if key != _keys.TREE and any(key in slots[slot] for slot in ("obst", "uns")):
+        raise DataError(f"--tree {text}: the data have a tree called {key!r}; give --tree {key} to use it.")
     cf.pp.set_tree(adata, path, key_added=key, missing=missing)
-    if taken:
+    if taken and alone:
         logger.info("%s[%r] is left as it is: the tree of %s is %r", taken[0], _keys.TREE, path, key)
     return key
 

@@ -104,6 +104,34 @@ def test_a_key_serves_as_tree_and_none_leaves_out(folder, capsys, simulated):
     assert set(cf.get.components(anndata.read_h5ad(folder / "out.h5ad"))["component"]) == {"lineage"}
 
 
+def test_several_trees_are_fitted_and_pooled(folder, capsys, simulated):
+    (folder / "two.nwk").write_text(
+        simulated.uns["tree"].replace("cell7:", "x:").replace("cell9:", "cell7:").replace("x:", "cell9:")
+    )
+    arguments = "--fate fate --family bernoulli --spatial none --tree-weights 3 1 --out {}/out.h5ad"
+    code, out, err = run(folder, f"decompose {{}}/in.h5ad --tree {{}}/tree.nwk {{}}/two.nwk {arguments}", capsys)
+    assert code == 0, err
+    assert re.search(r"^lineage ", out, re.MULTILINE)
+    table = cf.get.trees(anndata.read_h5ad(folder / "out.h5ad"))
+    assert table["tree"].tolist() == ["tree_tree", "tree_two"]
+    assert table["weight"].tolist() == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--tree {}/tree.nwk none", "'none' leaves ancestry out, and stands alone"),
+        ("--tree {}/tree.nwk {}/tree.nwk", "the data have a tree called 'tree_tree'; give --tree tree_tree"),
+        ("--tree {}/tree.nwk --tree-weights equal", "but lineage is one tree"),
+        ("--tree {}/tree.nwk --tree-weights 1 x", "give evidence, equal, or a number for each tree"),
+    ],
+)
+def test_trees_that_cannot_be_meant(folder, capsys, words, text):
+    code, out, err = run(folder, f"{START} {words} --out {{}}/out.h5ad", capsys)
+    assert (code, out) == (2, "")
+    assert text in err
+
+
 def test_the_input_is_overwritten_if_it_is_named_twice_and_that_is_asked_for(folder, capsys):
     arguments = "--fate fate --family bernoulli --tree none --groups clone --spatial none"
     before = (folder / "in.h5ad").read_bytes()

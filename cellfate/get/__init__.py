@@ -20,6 +20,7 @@ from cellfate.get.tables import (
     prior_sensitivity,
     responses,
     tests,
+    trees,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "prior_sensitivity",
     "responses",
     "tests",
+    "trees",
 ]

@@ -202,6 +202,25 @@ def tests(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.TESTS, "test_components", "")
 
 
+def trees(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """What each of several trees of the same cells says, a row per tree.
+
+    Needs :func:`cellfate.tl.decompose` with a list of trees. How much the tree matters is in :func:`diagnostics`: the variance of a
+    share between trees, and within them.
+
+    Returns
+    -------
+    Columns `tree`, its key or its place in the list; `weight` in the pooled fit; `log_evidence`; `share_lineage` and `share_spatial`
+    (posterior means, latent scale), each with `_sd`; `status` of the fit under that tree.
+    """
+    if _keys.TREES not in _results(adata, key):
+        raise DataError(
+            f"adata.uns[{key!r}] has no {_keys.TREES!r}: the fit is not one under several trees. Run "
+            "`cf.tl.decompose(adata, ..., lineage=[<tree>, <tree>, ...])` for one."
+        )
+    return _table(adata, key, _keys.TREES).reset_index(drop=True)
+
+
 def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Return what the checks of a fit found.
 
@@ -296,6 +315,10 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
         out), and, in the structured engine, the relative error of covariances between cells (Frobenius norm).
     `engine`, `engine_reason`, `seconds`
         What solved the Gaussian problems, why it was chosen, and the time of the whole fit.
+    `n_trees`, `effective_trees`, `share_<component>_variance_between_trees`, `share_<component>_variance_within_trees`
+        Of a fit under several trees: how many, how many of equal weight would be as good, and the two parts of the variance of the
+        share of `lineage` and of `spatial`: from one tree to another, and under each. k-hat and the interpolation error are the
+        largest of all, what is told of the engine is of the tree with the most evidence.
     """
     _single(adata, key, "diagnostics, see `cf.get.responses`")
     return dict(_results(adata, key).get(_keys.DIAGNOSTICS, {}))

@@ -96,7 +96,7 @@ def check_single_cells(components: Sequence[Component], family: Family, trials: 
         raise DataError(f"components {own} are each an effect of its own for every cell: keep one of them.")
     for name in own:
         check_one_each(f"component {name!r} is", family.kind, trials)
-        warn_of_two_dispersions(f"component {name!r} is", family.name, stacklevel=6)
+        warn_of_two_dispersions(f"component {name!r} is", family.name, stacklevel=7)
 
 
 def checked_priors(priors: Mapping[str, object] | None, components: Sequence[Component]) -> dict[str, object]:

@@ -23,7 +23,7 @@ from cellfate.inference.free_energy import evaluate, log_evidence
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
 from cellfate.inference.predict import Ask, Draws, Predicted, focused, predict
-from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
+from cellfate.inference.report import GLMMFit, Integrated, report
 from cellfate.inference.sites import RULES, Rule, Variational
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Kernel
@@ -35,8 +35,7 @@ from cellfate.model.checks import (
     warn_of_two_values,
 )
 from cellfate.model.families import Outcome
-from cellfate.model.glmm import FIXED, Data, Model
-from cellfate.model.partition import LATENT, partition, rows
+from cellfate.model.glmm import Data, Model
 
 EXACT = 1e-8  # of site updates at given hyperparameters
 
@@ -52,37 +51,6 @@ class Evaluated:
     mean: np.ndarray
     variance: np.ndarray
     status: str
-
-
-@dataclass(frozen=True, repr=False)
-class GLMMFit:
-    """A fitted model: what is reported, as plain arrays and columns of tables.
-
-    components, shares: columns of tidy tables, a row per scale ("latent", "link", "realized", ...) and component: posterior mean,
-    sd and 95% interval. fixed_effects: a row per column of X, on link scale. draws: posterior draws by name, such as
-    `variance_lineage`, `lengthscale_spatial`, `share_lineage`, `beta[x0]`. effects: component -> posterior mean and sd (n,).
-    mode: hyperparameters at their posterior mode, with the `free_energy` there. log_evidence: of the whole model.
-    diagnostics: see :func:`cellfate.get.diagnostics`.
-    """
-
-    components: dict[str, list]
-    shares: dict[str, list]
-    fixed_effects: dict[str, list]
-    draws: dict[str, np.ndarray]
-    effects: dict[str, tuple[np.ndarray, np.ndarray]]  # component -> posterior mean and sd (n,)
-    mode: dict[str, float]
-    free_energy: float
-    log_evidence: float
-    diagnostics: dict[str, Any]
-
-    def __repr__(self) -> str:
-        columns = (self.shares[c] for c in ("scale", "component", "share", "share_lower", "share_upper"))
-        shares = [
-            f"{name} {share:.2f} [{low:.2f}, {high:.2f}]"
-            for scale, name, share, low, high in zip(*columns, strict=True)
-            if scale == LATENT
-        ]
-        return f"GLMMFit({', '.join(shares)}; {self.diagnostics['status']})"
 
 
 class GLMM:
@@ -181,6 +149,24 @@ class GLMM:
         are in `diagnostics`.
         """
         began = time.perf_counter()
+        found = self.posterior(y, X, offset, trials=trials, terms=terms, levels=levels, response=response, rng=rng)
+        fit = report(found, response)
+        fit.diagnostics["seconds"] = time.perf_counter() - began
+        return fit
+
+    def posterior(
+        self,
+        y: Any,
+        X: Any = None,
+        offset: Any = None,
+        *,
+        trials: Any = None,
+        terms: Sequence[str] | None = None,
+        levels: Sequence[str] | None = None,
+        response: str = "y",
+        rng: SeedLike | None = None,
+    ) -> Integrated:
+        """What :meth:`fit` reports, before it is reported; the same arguments."""
         model, engine, why = self._problem = self._build(y, X, offset, trials, terms, response, levels)
         announce("%s", why)
         try:
@@ -194,27 +180,9 @@ class GLMM:
                 "`rank`, dtype='float32', fewer cells, or a larger machine; nothing was written."
             ) from error
         self._problem = model, engine, why
-        scales = partition(model, posterior.values, posterior.beta, posterior.realized)
-        told, names = posterior, model.data.terms
-        if self.family.kind == fates.KIND:
-            names = term_names(terms, model.data.own_design.shape[1])
-            told, names = fates.told_by_fate(model, posterior, names, levels)
-        components, shares = rows(model, response, scales, posterior.values)
         found, approximate = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
-        diagnostics = diagnose(model, mode, posterior, scales[LATENT], approximate)
-        diagnostics |= {"engine": engine.name, "engine_reason": why, **found}
-        diagnostics["seconds"] = time.perf_counter() - began
-        return GLMMFit(
-            components=components,
-            shares=shares,
-            fixed_effects=fixed_effects(told, names),
-            draws=all_draws(told, names, scales[LATENT]),
-            effects={name: x for name, x in told.effects.items() if name.split("[")[0] != FIXED},
-            mode=mode_values(model, mode),
-            free_energy=mode.free_energy,
-            log_evidence=posterior.log_evidence,
-            diagnostics=diagnostics,
-        )
+        facts = {"engine": engine.name, "engine_reason": why, **found}
+        return Integrated(model, mode, posterior, terms, levels, approximate, facts)
 
     def evaluate(
         self,
@@ -432,6 +400,12 @@ class GLMM:
         """The same model with these priors in place of its own where they are of one name; what is made for one serves both."""
         other = copy(self)
         other.priors, other._problem = checked_priors({**self.priors, **priors}, self.components), None
+        return other
+
+    def with_components(self, components: Sequence[Component]) -> GLMM:
+        """The same model of other components of the same names, such as ancestry by another tree."""
+        other = copy(self)
+        other.components, other._engine, other._problem = named_components(components, self.device), None, None
         return other
 
     def shared(self) -> GLMM:

@@ -28,7 +28,7 @@ from cellfate.inference.hyperposterior import DRAWS, Hyperposterior
 from cellfate.inference.importance import effective, pareto_smooth, systematic
 from cellfate.inference.locate import PILOT
 from cellfate.inference.mode import Mode
-from cellfate.inference.report import all_draws, diagnose, fixed_effects, mode_values
+from cellfate.inference.report import all_draws, diagnose, doubts_of, fixed_effects, mode_values
 from cellfate.kernels.base import Basis, Component, Given
 from cellfate.kernels.groups import Intercepts, Slopes
 from cellfate.kernels.lineage import LineageKernel
@@ -396,7 +396,7 @@ def _assembled(
     found, approximate = engine.report({key: float(x.mean()) for key, x in values.items()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CellfateWarning)  # thousands of them; each is in its fit's status
-        diagnostics = diagnose(model, mode, posterior, scales[LATENT], approximate)
+        diagnostics = diagnose(mode, posterior, scales[LATENT], doubts_of(mode, posterior, scales[LATENT], approximate))
     diagnostics |= {"engine": engine.name, "engine_reason": "structured: many gaussian responses at once", **found}
     return GLMMFit(
         components=tables[0],

@@ -3,20 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from cellfate._runtime import warn
+from cellfate.inference import fates
+from cellfate.inference.arrays import term_names
 from cellfate.inference.hyperposterior import LARGEST_K, USELESS, Hyperposterior
 from cellfate.inference.mode import Mode
-from cellfate.model.glmm import Model
-from cellfate.model.partition import summary
+from cellfate.model.glmm import FIXED, Model
+from cellfate.model.partition import LATENT, partition, rows, summary
 
 MUST_SETTLE = 0.95  # of the points' site updates, or a warning
 FEW_DRAWS = 200
 DOUBTFUL_ERROR = 0.5  # of the interpolated log posterior, in nats
+
+
+@dataclass(frozen=True, repr=False)
+class GLMMFit:
+    """A fitted model: what is reported, as plain arrays and columns of tables.
+
+    components, shares: columns of tidy tables, a row per scale ("latent", "link", "realized", ...) and component: posterior mean,
+    sd and 95% interval. fixed_effects: a row per column of X, on link scale. draws: posterior draws by name, such as
+    `variance_lineage`, `lengthscale_spatial`, `share_lineage`, `beta[x0]`. effects: component -> posterior mean and sd (n,).
+    mode: hyperparameters at their posterior mode, with the `free_energy` there. log_evidence: of the whole model.
+    diagnostics: see :func:`cellfate.get.diagnostics`.
+    """
+
+    components: dict[str, list]
+    shares: dict[str, list]
+    fixed_effects: dict[str, list]
+    draws: dict[str, np.ndarray]
+    effects: dict[str, tuple[np.ndarray, np.ndarray]]  # component -> posterior mean and sd (n,)
+    mode: dict[str, float]
+    free_energy: float
+    log_evidence: float
+    diagnostics: dict[str, Any]
+
+    def __repr__(self) -> str:
+        columns = (self.shares[c] for c in ("scale", "component", "share", "share_lower", "share_upper"))
+        shares = [
+            f"{name} {share:.2f} [{low:.2f}, {high:.2f}]"
+            for scale, name, share, low, high in zip(*columns, strict=True)
+            if scale == LATENT
+        ]
+        return f"GLMMFit({', '.join(shares)}; {self.diagnostics['status']})"
+
+
+@dataclass(frozen=True, eq=False)
+class Integrated:
+    """A model with its data, and its posterior: all that :func:`report` needs to make a fit of it."""
+
+    model: Model
+    mode: Mode
+    posterior: Hyperposterior
+    terms: Sequence[str] | None  # names of the fixed effects and of the fates, where they have some
+    levels: Sequence[str] | None
+    approximate: list[str]  # what the engine doubts of its own answers
+    facts: dict[str, Any]  # what is known besides, for the diagnostics
+
+
+def report(found: Integrated, response: str, doubts: Sequence[str] | None = None) -> GLMMFit:
+    """The fit that a posterior makes; its `doubts`, where others than its own are to be told."""
+    model, mode, posterior = found.model, found.mode, found.posterior
+    scales = partition(model, posterior.values, posterior.beta, posterior.realized)
+    told, names = posterior, model.data.terms
+    if model.family.kind == fates.KIND:
+        names = term_names(found.terms, model.data.own_design.shape[1])
+        told, names = fates.told_by_fate(model, posterior, names, found.levels)
+    components, shares = rows(model, response, scales, posterior.values)
+    if doubts is None:
+        doubts = doubts_of(mode, posterior, scales[LATENT], found.approximate)
+    return GLMMFit(
+        components=components,
+        shares=shares,
+        fixed_effects=fixed_effects(told, names),
+        draws=all_draws(told, names, scales[LATENT]),
+        effects={name: x for name, x in told.effects.items() if name.split("[")[0] != FIXED},
+        mode=mode_values(model, mode),
+        free_energy=mode.free_energy,
+        log_evidence=posterior.log_evidence,
+        diagnostics=diagnose(mode, posterior, scales[LATENT], doubts) | found.facts,
+    )
 
 
 def _natural(name: str, value: Any) -> tuple[str, Any]:
@@ -50,10 +121,10 @@ def fixed_effects(posterior: Hyperposterior, terms: Sequence[str]) -> dict[str, 
     return {"term": list(terms)} | {c: [f[i] for f in found] for i, c in enumerate(columns)}
 
 
-def diagnose(
-    model: Model, mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray], approximate: list[str]
-) -> dict[str, Any]:
-    """What should be known about the answer; each doubt is one warning and is kept."""
+def doubts_of(
+    mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray], approximate: Sequence[str]
+) -> list[str]:
+    """What speaks against trusting the answer."""
     doubts = list(approximate)
     if not mode.converged:
         doubts.append(f"the search for the mode stopped early ({mode.message})")
@@ -78,8 +149,15 @@ def diagnose(
         doubts.append(f"the mode of {', '.join(mode.at_bound)} is at the bound of what the data can tell")
     if not np.isfinite(mode.free_energy) or not all(np.isfinite(x).all() for x in parts.values()):
         doubts.append("a result is not finite: do not use this fit")
+    return doubts
+
+
+def diagnose(
+    mode: Mode, posterior: Hyperposterior, parts: Mapping[str, np.ndarray], doubts: Sequence[str]
+) -> dict[str, Any]:
+    """What should be known about the answer; each doubt is one warning and is kept."""
     for doubt in doubts:
-        warn(doubt + ".", stacklevel=4)
+        warn(doubt + ".", stacklevel=5)
     correlation, verdict = _verdict(parts)
     return {
         "status": "; ".join(doubts) or "converged",

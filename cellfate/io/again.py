@@ -31,6 +31,11 @@ def noted_groups(groups: Any, intercepts: Iterable[str]) -> dict[str, list[str]]
 
 def reading(params: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`cellfate.io.anndata.read_cells` after `fate`; `given` are those that are handed over again."""
+    if "n_trees" in params:
+        raise NotImplementedError(
+            f"the fit pools over {int(params['n_trees'])} trees, and what is asked for is there for one tree only. Fit with one tree "
+            "under another key_added, such as the one of the largest weight in `cf.get.trees(adata)`."
+        )
     graph_field = params.get("spatial_kernel") == GRAPH
     again = {name: value for name, value in given.items() if value is not None}
     if graph_field and "graph" in again and params.get("spatial") == GIVEN:

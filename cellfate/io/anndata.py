@@ -80,8 +80,11 @@ def read_cells(
         response = read_response(adata, fate, kind=kind, trials=trials, kept=kept, layer=layer)
     if not kept.all():
         left_out = adata.obs_names[~kept]
+        trees = (
+            "the tree" if ancestry is None or ancestry.one_of == 1 else f"one or more of the {ancestry.one_of} trees"
+        )
         warnings.warn(
-            f"{len(left_out)} of {len(kept)} cells have no leaf in the tree and are left out of the fit, as "
+            f"{len(left_out)} of {len(kept)} cells have no leaf in {trees} and are left out of the fit, as "
             f"`cf.pp.set_tree(..., missing='drop')` asked: {examples(left_out)}.",
             CellfateWarning,
             stacklevel=3,

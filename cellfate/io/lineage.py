@@ -34,6 +34,7 @@ class Ancestry:
     policy: str = "error"  # for the cells in `missing`
     missing: frozenset[str] = frozenset()
     isolated_depth: float = 0.0
+    one_of: int = 1  # trees of the same cells
 
 
 def looks_like_newick(value: Any) -> bool:
@@ -45,6 +46,8 @@ def looks_like_newick(value: Any) -> bool:
 
 def find_ancestry(adata: AnnData, lineage: Any, lineage_kernel: str) -> Ancestry:
     """The forest that `lineage` means: the key of a tree or of clone labels, or the tree itself."""
+    if isinstance(lineage, Ancestry):
+        return lineage
     if not isinstance(lineage, str):
         return Ancestry(to_forest(lineage), "the tree", _by_specimen(lineage))
     obst = getattr(adata, "obst", {})

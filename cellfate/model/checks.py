@@ -150,7 +150,7 @@ def warn_of_two_values(y: np.ndarray, label: str, family: str) -> None:
         warn(
             f"{label} holds only 0 and 1, fitted as counts by family={family!r}. For a yes or no use "
             "family='bernoulli'.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

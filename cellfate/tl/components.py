@@ -64,7 +64,7 @@ def _warn_of_lengthscale(kernel: SpatialKernel | Graph) -> None:
     )
 
 
-def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
+def _warn_of_star(forest: Forest, lineage_kernel: str, tree: str) -> None:
     """All leaves hang on the root, equally far: what ancestry then explains is what every cell has for itself."""
     parent = forest.parent[forest.leaves]
     if lineage_kernel == "clone" or (parent < 0).any() or not forest.is_root[parent].all():
@@ -74,7 +74,7 @@ def _warn_of_star(forest: Forest, lineage_kernel: str) -> None:
     if np.ptp(length) > 1e-9 * length.max() or (forest.n_trees > 1 and rooted):  # there, a tree is a clone
         return
     warnings.warn(
-        f"the tree is a star: its {forest.n_leaves} leaves all hang on {'the root' if forest.n_trees == 1 else 'a root'}, on "
+        f"{tree} is a star: its {forest.n_leaves} leaves all hang on {'the root' if forest.n_trees == 1 else 'a root'}, on "
         "branches of one length. It holds no ancestry, and what is called lineage is confounded with the residual. Take "
         "lineage=None, or a resolved tree.",
         CellfateWarning,
@@ -91,11 +91,12 @@ def components_of(
     *,
     interaction: bool = False,
     olre: bool = False,
+    tree: str = "the tree",
 ) -> list[Component]:
-    """The components of a fit, by what the cells come with."""
+    """The components of a fit, by what the cells come with; `tree` is how theirs is called in a message."""
     out = []
     if cells.forest is not None and cells.leaf is not None:
-        _warn_of_star(cells.forest, lineage_kernel)
+        _warn_of_star(cells.forest, lineage_kernel, tree)
         out.append(Component("lineage", LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)))
     field: SpatialKernel | Graph | None = None
     if cells.graph is not None:
@@ -127,6 +128,23 @@ def components_of(
     if olre:
         _warn_of_lambda(cells, lineage_kernel)
         out.append(Component(OLRE, Intercepts(np.arange(cells.n))))
+    return out
+
+
+def under_tree(components: Sequence[Component], cells: Cells, lineage_kernel: str, tree: str) -> list[Component]:
+    """The same components, ancestry by the `tree` of these cells; the others are shared, with what was worked out for them."""
+    assert cells.forest is not None
+    assert cells.leaf is not None
+    _warn_of_star(cells.forest, lineage_kernel, tree)
+    ancestry = LINEAGE_KERNELS[lineage_kernel](cells.forest, cells.leaf)
+    out = []
+    for component in components:
+        kernel = component.kernel
+        if component.name == "lineage":
+            kernel = ancestry
+        elif isinstance(kernel, Product):
+            kernel = replace(kernel, one=ancestry)
+        out.append(replace(component, kernel=kernel))
     return out
 
 

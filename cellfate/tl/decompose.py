@@ -14,16 +14,18 @@ from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM
-from cellfate.io.again import named, noted_groups
+from cellfate.io.again import GIVEN, named, noted_groups
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.design import columns_of
 from cellfate.io.groups import TAKEN
 from cellfate.io.many import find_fates
 from cellfate.io.neighbors import graph_of_field
-from cellfate.io.store import check_free, write_many, write_results
+from cellfate.io.store import check_free, write_many, write_results, write_table
+from cellfate.io.trees import find_trees, one_of_one, under_each
 from cellfate.tl.components import check_kernels, components_of, with_truncation
 from cellfate.tl.many import fit_all
+from cellfate.tl.trees import check_weights, fit_trees
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 
@@ -42,6 +44,7 @@ def decompose(
     formula: str = "~ 1",
     lineage: Any = _keys.TREE,
     lineage_kernel: str = "brownian",
+    tree_weights: str | Sequence[float] = "evidence",
     spatial: Any = _keys.SPATIAL,
     spatial_kernel: str = "matern32",
     lengthscale: float | None = None,
@@ -90,11 +93,18 @@ def decompose(
         Fixed effects from `adata.obs`, such as ``"~ 1 + stage"``.
     lineage
         Key of the tree in `adata.uns` or `adata.obst`, the tree itself, or None to leave ancestry out. With
-        `lineage_kernel="clone"` also a column of `adata.obs`.
+        `lineage_kernel="clone"` also a column of `adata.obs`. Or a list of keys, or of trees that share cells: as many trees of
+        the same cells, such as bootstrap replicates or draws of a tree's posterior. The model is fitted under each, to the cells that
+        are in all of them, and the fits are pooled. (Trees without a cell in common are one forest.)
     lineage_kernel
         ``"brownian"``: covariance is the shared path; ``"ou"``: ancestry is forgotten at a rate alpha that is estimated;
         ``"pagel"``: internal branches scaled by a lambda that is estimated; ``"early_burst"``: drift slows down at a rate that
         is estimated, for fates decided early and then kept; ``"clone"``: identity of the clone only.
+    tree_weights
+        Of several trees. ``"evidence"``: each counts by how probable it is given this fate, all being equally likely before (Bayesian
+        model averaging, Hoeting et al. 1999): right for draws of a posterior that other data made, such as barcodes. Where there are
+        many cells, that is often a single tree, and the log says so. ``"equal"``: the fate has no say in which tree is true, as with
+        Rubin's rules over trees (Nakagawa & de Villemereuil 2019). Or a weight of 0 or more for each.
     spatial
         Key of coordinates (n, 2 or 3) in `adata.obsm`, the coordinates themselves, or None to leave neighborhood out. With
         `spatial_kernel="graph"` the key of a neighbor graph in `adata.obsp`, or a sparse matrix (n, n) of weights.
@@ -167,6 +177,8 @@ def decompose(
     `adata.uns[key_added]`
         `components` and `shares` (see :func:`cellfate.get.components`), `fixed_effects`, `draws`, `mode`, `free_energy` (at
         the mode), `log_evidence`, `diagnostics` (status, k-hat, verdict, ...), `params`.
+        Of several trees all are of the mixture over them, the mode is that of the tree with the most evidence, and there is
+        also `trees`, see :func:`cellfate.get.trees`.
     `adata.obsm[f"{key_added}_effects"]`
         Data frame (n, 2 per component): posterior mean and sd of each component in each cell, link scale.
 
@@ -179,6 +191,8 @@ def decompose(
     ------
     DataError
         Where the input breaks the data contract; the message names the key, what was found and what to do.
+    NotImplementedError
+        For several fates under several trees: fit one fate at a time, or all under one tree.
 
     Examples
     --------
@@ -201,13 +215,21 @@ def decompose(
     check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)
     check_free(adata, key_added)
+    lineage = one_of_one(lineage)
+    trees = find_trees(adata, lineage, lineage_kernel)
+    check_weights(tree_weights, trees)
+    if trees is not None and not isinstance(fate, str):
+        raise NotImplementedError(
+            "several fates under several trees are not there yet. Fit one fate at a time, each under a key_added of its own, or all "
+            "of them under one tree."
+        )
     cells = read_cells(
         adata,
         fate if isinstance(fate, str) else None,
         layer=layer,
         family=family,
         formula=formula,
-        lineage=lineage,
+        lineage=lineage if trees is None else trees.ancestries[0],
         lineage_kernel=lineage_kernel,
         spatial=spatial,
         spatial_kernel=spatial_kernel,
@@ -220,7 +242,14 @@ def decompose(
     )
     cells = _with_specimens(cells, groups, formula, lineage_kernel, library_key)
     components = components_of(
-        cells, lineage_kernel, spatial_kernel, lengthscale, rank, interaction=interaction, olre=olre
+        cells,
+        lineage_kernel,
+        spatial_kernel,
+        lengthscale,
+        rank,
+        interaction=interaction,
+        olre=olre,
+        tree="the tree" if trees is None else trees.ancestries[0].label,
     )
     glmm = GLMM(family, components, link=link, **model)  # type: ignore[arg-type]
     params = {
@@ -229,8 +258,10 @@ def decompose(
         "family": family,
         "link": glmm.family.link,
         "formula": formula,
-        "lineage": named(lineage),
+        "lineage": named(lineage) if trees is None else trees.keys or GIVEN,
         "lineage_kernel": lineage_kernel if lineage is not None else None,
+        "n_trees": None if trees is None else len(trees.names),
+        "tree_weights": None if trees is None else tree_weights if isinstance(tree_weights, str) else GIVEN,
         "spatial": named(graph_of_field(adata, spatial, graph) if cells.graph is not None else spatial),
         "spatial_kernel": spatial_kernel if spatial is not None else None,
         "lengthscale": lengthscale,
@@ -252,21 +283,37 @@ def decompose(
     }
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
-        fit = glmm.fit(
-            cells.response,
-            cells.design,
-            cells.offset,
-            trials=cells.trials,
-            terms=cells.terms,
-            levels=cells.levels,
-            response=fate,
-            rng=rng,
-        )
+        table = None
+        if trees is None:
+            fit = glmm.fit(
+                cells.response,
+                cells.design,
+                cells.offset,
+                trials=cells.trials,
+                terms=cells.terms,
+                levels=cells.levels,
+                response=fate,
+                rng=rng,
+            )
+        else:
+            each = under_each(
+                adata,
+                cells,
+                trees,
+                layer=layer,
+                family=family,
+                lineage_kernel=lineage_kernel,
+                library_key=library_key,
+                trials=trials,
+            )
+            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng)
         fit, doubt = with_truncation(fit, components)
         if doubt:
             warnings.warn(doubt, CellfateWarning, stacklevel=2)
         adata = adata.copy() if copy else adata
         write_results(adata, key_added, cells, fit, params)
+        if table is not None:
+            write_table(adata, key_added, _keys.TREES, table)
     else:
         fates = find_fates(
             adata, fate, layer=layer, min_cells=min_cells, kind=glmm.family.kind, trials=trials, kept=cells.kept

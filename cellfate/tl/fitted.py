@@ -123,6 +123,6 @@ def _glmm(cells: Cells, params: Mapping[str, Any], device: str | torch.device) -
     options = modelling(params)
     lengthscale = float(params["lengthscale"]) if "lengthscale" in params else None
     kernels = [str(params.get(f"{name}_kernel", "")) for name in ("lineage", "spatial")]
-    more = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
+    more: dict[str, Any] = {name: bool(params.get(name, False)) for name in ("interaction", "olre")}
     components = components_of(cells, kernels[0], kernels[1], lengthscale, options["rank"], **more)
     return GLMM(str(params["family"]), components, device=device, **options)
