@@ -19,10 +19,10 @@ from torch import Tensor
 from cellfate._runtime import one_of_many
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient, log_evidence
-from cellfate.inference.hyperposterior import INFLATE, LARGEST_K, LOOSE, MANY, ROUNDS, integrate
+from cellfate.inference.hyperposterior import INFLATE, LARGEST_K, LOOSE, ROUNDS, integrate
 from cellfate.inference.importance import FoldedT, pareto_smooth, uniforms
 from cellfate.inference.locate import locate
-from cellfate.inference.mode import LARGE, MEMORY, TIGHT, Mode, at_once, repeat
+from cellfate.inference.mode import MEMORY, TIGHT, Mode, at_once, repeat
 from cellfate.inference.report import diagnose, mode_values
 from cellfate.inference.sites import Rule
 from cellfate.kernels.base import Component
@@ -31,7 +31,8 @@ from cellfate.model.glmm import Model
 from cellfate.model.partition import LATENT, partition, rows
 from cellfate.model.priors import Flat, Parameter
 
-POINTS, FEWER = 512, 128  # at which all levels are evaluated alike, for each proposal; where a point is dear
+POINTS, FEWER = 256, 64  # at which all levels are evaluated alike, for each proposal; where a point is dear
+ENOUGH = {"gtol": 0.05, "ftol": 1e-6, "maxiter": 50}  # of the search for a common mode, in nats and units
 STEP = 0.02  # of differences of gradients, in units
 WIDEST = 3.0  # units that a posterior sd of a proposal is taken to be at most
 
@@ -146,9 +147,7 @@ class _Together:
         self.folded = np.array([p.scale == "sd" for p in self.parameters], dtype=bool)
         self.unit = np.array([p.start if p.scale == "sd" else 1.0 for p in self.parameters])
         self.low, self.high = (np.array([p.bounds[side] for p in self.parameters]) for side in (0, 1))
-        self.cheap = all(m.data.n <= LARGE for m in self._models) and all(
-            e.points_at_once(MEMORY) >= MANY for e in self._engines
-        )
+        self.cheap = all(engine.points_at_once(MEMORY) >= POINTS for engine in self._engines)
         self.start = self._start(levels)
 
     def _start(self, levels: Sequence[LevelFit]) -> np.ndarray:
@@ -235,7 +234,8 @@ def _proposal(together: _Together) -> tuple[np.ndarray, np.ndarray]:
         return (-value, -slope * unit) if np.isfinite(value) and np.isfinite(slope).all() else (1e300, np.zeros(d))
 
     bounds = list(zip(together.low / unit, together.high / unit, strict=True))
-    found = minimize(downhill, together.start / unit, jac=True, bounds=bounds, method="L-BFGS-B")
+    # a proposal has to be near the mode, and no nearer
+    found = minimize(downhill, together.start / unit, jac=True, bounds=bounds, method="L-BFGS-B", options=ENOUGH)
     x = np.where(together.folded, np.abs(found.x), found.x)
     here, curvature = downhill(x)[1], np.zeros((d, d))
     for i in range(d):

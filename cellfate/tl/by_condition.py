@@ -114,9 +114,9 @@ def by_condition(
     --------
     >>> import numpy as np
     >>> import cellfate as cf
-    >>> adata = cf.datasets.simulate(120, family="gaussian", n_specimens=4, rng=0)
+    >>> adata = cf.datasets.simulate(160, family="gaussian", n_specimens=4, rng=0)
     >>> adata.obs["genotype"] = np.where(adata.obs["specimen"].isin(["specimen0", "specimen1"]), "wild type", "mutant")
-    >>> cf.tl.decompose(adata, "fate", family="gaussian", library_key="specimen", rng=0)
+    >>> cf.tl.decompose(adata, "fate", family="gaussian", library_key="specimen", groups=[], rng=0)
     >>> cf.tl.by_condition(adata, "genotype", rng=0)
     >>> sorted(set(cf.get.conditions(adata)["condition"]))
     ['mutant', 'wild type']
@@ -200,6 +200,9 @@ def _shared(fit: Fitted, codes: np.ndarray) -> list[str]:
     """What makes cells of different levels dependent, in words, such as `3 of 4 trees (lineage)`."""
     out = []
     for component in fit.glmm.components:
+        if isinstance(component.kernel, Composition):
+            out.append("the coefficients of the niche")
+            continue
         labels = _dependent(component)
         if labels is None:
             continue
@@ -219,8 +222,7 @@ def _dependent(component: Component) -> np.ndarray | None:
     kernel = component.kernel
     if isinstance(kernel, Intercepts | Slopes | CorrelatedSlopes):
         return None if isinstance(kernel, Intercepts) and kernel.one_each else kernel.codes
-    # features of a niche have one coefficient for all cells, and what does not say may make any two dependent
-    labels = None if isinstance(kernel, Composition) else kernel.independent()
+    labels = kernel.independent()  # where it does not say, any two may be
     return np.zeros(kernel.n, dtype=np.int64) if labels is None else labels
 
 
@@ -229,8 +231,6 @@ def _called(component: Component) -> str:
     kernel = component.kernel
     if isinstance(kernel, LineageKernel):
         return "clones" if isinstance(kernel, Clone) else "trees"
-    if isinstance(kernel, Composition):
-        return "sets of coefficients"
     return "levels" if isinstance(kernel, Intercepts | Slopes | CorrelatedSlopes) else "fields"
 
 
