@@ -275,6 +275,48 @@ def prior_sensitivity(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     return _later(adata, key, _keys.PRIOR_SENSITIVITY, "prior_sensitivity", "")
 
 
+def conditions(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Variance and share of every component in every level of a condition, latent scale.
+
+    Needs :func:`cellfate.tl.by_condition`.
+
+    Returns
+    -------
+    Columns `condition` (the level) and `component`; `variance`, among the cells of the level, and `share` (posterior means), each with
+    `_sd`, `_lower` and `_upper` (95% interval); `n_cells` of the level; `status` of its fit, with what it shares with other levels.
+    """
+    return _later(adata, key, _keys.CONDITIONS, "by_condition", "<column>")
+
+
+def condition_differences(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """How far shares and variances differ between every two levels of a condition.
+
+    Needs :func:`cellfate.tl.by_condition`.
+
+    Returns
+    -------
+    Columns `condition` and `other` (levels), `component`; `quantity`, ``"share"`` or ``"log_variance"``; `difference`, that of
+    `condition` less that of `other` (of log variances: the log of their ratio), with `sd`, `lower` and `upper` (95% interval); `p`, twice
+    the posterior probability of the smaller side of zero; `q`, by Benjamini and Hochberg over pairs and components; `status`.
+    """
+    return _later(adata, key, _keys.CONDITION_DIFFERENCES, "by_condition", "<column>")
+
+
+def condition_evidence(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
+    """Whether the hyperparameters of the levels of a condition differ at all, in one row.
+
+    Needs :func:`cellfate.tl.by_condition`.
+
+    Returns
+    -------
+    Columns `condition` (the column of `adata.obs`), `levels` (how many); `log_evidence_apart`, with hyperparameters for each level, and
+    `log_evidence_alike`, with one set for all; `log_bayes_factor`, the first less the second, above zero where levels differ, NaN where
+    they are not independent; `error`, the standard error of the integral over one set; `verdict` in words, from 1 on positive, from 3
+    strong, from 5 very strong evidence (Kass & Raftery 1995); `status`.
+    """
+    return _later(adata, key, _keys.CONDITION_EVIDENCE, "by_condition", "<column>")
+
+
 def _later(adata: AnnData, key: str, name: str, tool: str, argument: str) -> pd.DataFrame:
     """A table that a tool adds to a fit."""
     if name not in _results(adata, key):

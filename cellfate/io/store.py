@@ -31,7 +31,7 @@ def check_name(key: Any) -> None:
 
 LATER = (  # tables that tools add to a fit
     _keys.ANCESTORS, _keys.MARGINAL_EFFECTS, _keys.ASSOCIATIONS, _keys.COMPARISON, _keys.TESTS, _keys.CHECKS, _keys.PREDICTIONS,
-    _keys.CALIBRATION, _keys.PRIOR_SENSITIVITY,
+    _keys.CALIBRATION, _keys.PRIOR_SENSITIVITY, _keys.CONDITIONS, _keys.CONDITION_DIFFERENCES, _keys.CONDITION_EVIDENCE,
 )  # fmt: skip
 
 

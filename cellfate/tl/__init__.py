@@ -1,6 +1,7 @@
 """Tools: what is estimated from cells, a tree and positions."""
 
 from cellfate.tl.associate import associate
+from cellfate.tl.by_condition import by_condition
 from cellfate.tl.check import check
 from cellfate.tl.compare import compare
 from cellfate.tl.component_tests import test_components
@@ -13,6 +14,7 @@ from cellfate.tl.prior_sensitivity import prior_sensitivity
 
 __all__ = [
     "associate",
+    "by_condition",
     "check",
     "compare",
     "correlate",
