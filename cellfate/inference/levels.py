@@ -23,7 +23,7 @@ from cellfate.inference.hyperposterior import INFLATE, LARGEST_K, LOOSE, ROUNDS,
 from cellfate.inference.importance import FoldedT, pareto_smooth, uniforms
 from cellfate.inference.locate import locate
 from cellfate.inference.mode import MEMORY, TIGHT, Mode, at_once, repeat
-from cellfate.inference.report import diagnose, mode_values
+from cellfate.inference.report import doubts_of, mode_values
 from cellfate.inference.sites import Rule
 from cellfate.kernels.base import Component
 from cellfate.model.checks import DEPENDENT
@@ -110,8 +110,8 @@ def fit_level(model: Model, engine: Engine, rule: Rule, rng: np.random.Generator
         scales = partition(model, posterior.values, posterior.beta, posterior.realized)
         variances, shares = rows(model, "", {LATENT: scales[LATENT]}, posterior.values)
         _, doubts = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
-        found = diagnose(model, mode, posterior, scales[LATENT], doubts)
-    parts = scales[LATENT]
+        parts = scales[LATENT]
+        found = doubts_of(mode, posterior, parts, doubts)
     total = sum(parts.values())
     # of a grouping factor the variance is that of its intercepts, and the share what these contribute
     sds = {name: posterior.values.get(f"sd_{name}") for name in parts}
@@ -124,7 +124,7 @@ def fit_level(model: Model, engine: Engine, rule: Rule, rng: np.random.Generator
         {name: x / total for name, x in parts.items()},
         {name: column for name, column in (variances | shares).items() if name not in ("scale", "response")},
         posterior.log_evidence,
-        found["status"],
+        "; ".join(found) or "converged",
     )
 
 
