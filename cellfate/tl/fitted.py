@@ -36,12 +36,13 @@ class Fitted:
 
     def priors_among(self, components: Sequence[str]) -> dict[str, Any]:
         """The priors of the fit that are of a model with these components only."""
-        gone = [c.name for c in self.glmm.components if c.name not in components]
-        return {
-            name: prior
-            for name, prior in self.glmm.priors.items()
-            if not any(name.endswith(f"_{c}") or f"_{c}:" in name for c in gone)
-        }
+        gone = {c.name for c in self.glmm.components if c.name not in components}
+
+        def stays(name: str) -> bool:
+            of = name.partition("_")[2]  # sd_batch:time is of batch:time, and goes with batch too
+            return of not in gone and of.partition(":")[0] not in gone
+
+        return {name: prior for name, prior in self.glmm.priors.items() if stays(name)}
 
 
 def fitted(

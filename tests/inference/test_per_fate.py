@@ -143,7 +143,7 @@ def test_from_cells_to_a_file_and_back(tmp_path):
 
 def test_a_fit_is_taken_up_again():
     """By the names of the fates, with a variance for each."""
-    adata = cf.datasets.simulate(60, family="categorical", n_fates=3, rng=1)
+    adata = cf.datasets.simulate(36, family="categorical", n_fates=3, rng=1)
     adata.obs["fate"] = adata.obs["fate"].map({0: "a", 1: "b", 2: "c"}).astype("category")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CellfateWarning)

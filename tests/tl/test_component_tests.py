@@ -15,9 +15,11 @@ from cellfate.inference.mode import find_mode
 from cellfate.inference.score import Null
 from cellfate.inference.sites import Variational
 from cellfate.inference.swaps import swap_test, swaps
+from cellfate.io.again import OBJECTS
 from cellfate.kernels.base import Component, unit_scale
 from cellfate.kernels.groups import Intercepts
 from cellfate.model.glmm import Model
+from cellfate.tl.fitted import fitted
 from tests.embryo import embryo
 from tests.problem import entries, small_problem
 
@@ -206,3 +208,18 @@ def test_many_fates_are_tested_like_each_of_them(fit, tmp_path):
     many, other = (cf.get.tests(adata, key).set_index("response")["p"] for key in ("many", "other"))
     assert other["g1"] == many["g1"]
     assert other["g3"] == many["g3"]
+
+
+def test_priors_stay_with_the_components_that_stay():
+    adata = embryo()
+    adata.obs["other_batch"] = np.random.default_rng(0).choice(list("abc"), adata.n_obs)
+    held = {
+        "sd_batch": ("half_normal", 0.5),
+        "sd_other_batch": ("half_normal", 0.7),
+        "lengthscale_spatial": ("fixed", 1.0),
+    }
+    cf.tl.decompose(adata, "size", family="gaussian", groups=["batch", "other_batch"], priors=held, rng=0)
+    fit = fitted(adata, "cellfate", dict.fromkeys(OBJECTS), "cpu")
+    names = {c.name for c in fit.glmm.components}
+    for gone, prior in (("batch", "sd_batch"), ("other_batch", "sd_other_batch"), ("spatial", "lengthscale_spatial")):
+        assert set(held) - set(fit.priors_among(sorted(names - {gone}))) == {prior}
