@@ -1,9 +1,9 @@
 """From posterior draws of variances to a partition: each component's variance and its share of the total.
 
 Several scales, none hidden in another. *Latent*: the random components and the variance of the fixed part among these cells.
-*Link*: the same, with the variance that the family's own distribution adds (Nakagawa, Johnson & Schielzeth 2017). *Realized*: the
-sample variances that the fields have in these very cells, and as `shared` twice their covariances, which this data cannot assign.
-*Observation* and *additive*: what part of the variance of the fate itself, see :mod:`cellfate.model.observation`.
+*Link*: the same, with the variance that the family's own distribution adds (Nakagawa, Johnson & Schielzeth 2017). *Realized*:
+of the sample variance in these very cells what is each component's own, and as `shared` what two of them explain alike, which no data
+can assign. *Observation* and *additive*: what part of the variance of the fate itself, see :mod:`cellfate.model.observation`.
 """
 
 from __future__ import annotations
