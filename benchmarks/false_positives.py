@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from machine import set_threads, table, write
-from scipy.stats import chi2
 
 OTHER = {"lineage": "spatial", "spatial": "lineage"}
 METHODS = ("score", "permutation", "likelihood_ratio")
@@ -43,8 +42,8 @@ def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> 
     from cellfate.io.anndata import read_cells
     from cellfate.kernels import Brownian, Matern32
     from cellfate.kernels.base import Component
-    from cellfate.tl.component_tests import SWAPPED
-    from cellfate.tl.sets import clades, regions
+    from cellfate.tl.component_tests import MOST_SWAPPED, SWAPPED, half_chi_square
+    from cellfate.tl.sets import clades, neighborhoods
 
     warnings.simplefilter("ignore")
     logging.getLogger("cellfate").setLevel(logging.ERROR)
@@ -72,13 +71,12 @@ def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> 
         if method == "score":
             found.append(score_test(null, alone, own).p)
         elif method == "permutation":
-            count = cells.n // SWAPPED
-            near = regions(cells.coordinates, cells.specimen, count)
-            sets = clades(cells.forest, cells.leaf, count) if tested == "spatial" else near
+            near = neighborhoods(cells.coordinates, cells.specimen, MOST_SWAPPED)
+            sets = clades(cells.forest, cells.leaf, cells.n // SWAPPED) if tested == "spatial" else near
             found.append(swap_test(null, alone, own, sets, count=499, rng=np.random.default_rng(seed)))
         else:
             gain = 2 * (located(list(OTHER))[2].free_energy - mode.free_energy)
-            found.append(float(0.5 * chi2.sf(gain, 1)) if gain > 0 else 1.0)
+            found.append(half_chi_square(gain))
     return found
 
 

@@ -131,7 +131,7 @@ def plant(grown: Sequence[Grown], names: np.ndarray, specimens: Sequence[str]) -
 def _unit(columns: np.ndarray) -> np.ndarray:
     centered = columns - columns.mean(axis=0)
     spread = centered.std(axis=0, ddof=1) if len(columns) > 1 else np.ones(columns.shape[1])
-    return centered / spread
+    return centered / np.where(spread > 0, spread, 1.0)  # an axis that few cells do not divide
 
 
 def walk(parent: np.ndarray, gain: np.ndarray | None, noise: np.ndarray, z: np.ndarray) -> np.ndarray:

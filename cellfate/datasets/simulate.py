@@ -113,7 +113,7 @@ def simulate(
     -------
     AnnData with `obs["fate"]`, `obs["trials"]` (binomial), covariates and groups, `obs["specimen"]` where there are several,
     `obsm["spatial"]`, `obsm["truth_effects"]` (n x lineage, spatial and groups, link scale), `uns["tree"]` (Newick, or a dict
-    of it by specimen) and `uns["truth"]` (the settings and the realized variances).
+    of it by specimen) and `uns["truth"]` (the settings, and as `realized` the sample variance of each effect).
     """
     from anndata import AnnData
 

@@ -41,9 +41,9 @@ class Made:
                 basis = self._kept.get(key)
             if basis is None:
                 basis = make()
-        with self._lock:
-            self._kept[key] = basis
-            self._kept.move_to_end(key)
-            while len(self._kept) > 1 and sum(one.n * one.rank * 8 for one in self._kept.values()) > self.most:
-                self._making.pop(self._kept.popitem(last=False)[0], None)
+            with self._lock:
+                self._kept[key] = basis
+                self._kept.move_to_end(key)
+                while len(self._kept) > 1 and sum(one.n * one.rank * 8 for one in self._kept.values()) > self.most:
+                    self._making.pop(self._kept.popitem(last=False)[0], None)
         return cast(Basis, basis)

@@ -385,7 +385,8 @@ def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: 
     def together(x: Tensor, y: Tensor) -> np.ndarray:
         """Sample covariance over the cells, on average over copies."""
         x, y = (z.unflatten(-2, (model.data.copies, -1)) for z in (x, y))
-        return ((x - x.mean(-2, keepdim=True)) * y).sum(-2).div(x.shape[-2] - 1).mean(-2).cpu().numpy()
+        x, y = (z - z.mean(-2, keepdim=True) for z in (x, y))
+        return (x * y).sum(-2).div(x.shape[-2] - 1).mean(-2).cpu().numpy()
 
     # Draws alone would never show what two components explain alike: where one has more of it in a draw, the other has less. What both
     # are expected to hold is taken out of each, so that a component keeps what is its own.

@@ -8,6 +8,8 @@ the sets do not break up, stays in every swap and so is no evidence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -27,27 +29,26 @@ def swap_test(
     Of several shapes the one that stands out most counts, each by its own mean and spread over the swaps.
     """
     operators = tested(null, engine, component)[1]
-    b = null.b.cpu().numpy()
-    orders = swaps(sets, count, rng)
+    b, done = null.b.cpu().numpy(), 0
     found = np.empty((len(operators), count + 1))
-    for first in range(0, count + 1, AT_ONCE):
-        part = slice(first, first + AT_ONCE)
-        moved = torch.as_tensor(b[orders[part]].T.copy()).to(null.b)
+    for orders in swaps(sets, count, rng):
+        part = slice(done, done + len(orders))
+        moved = torch.as_tensor(b[orders].T.copy()).to(null.b)
         for q, k in zip(found, operators, strict=True):
             q[part] = (moved * k(moved)).sum(0).cpu().numpy()
-    spread = found.std(1, keepdims=True)
-    most = ((found - found.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)).max(0)
-    # what differs by rounding alone is a tie
+        done += len(orders)
+    centered, spread = found - found.mean(1, keepdims=True), found.std(1, keepdims=True)
+    moves = spread > 1e-10 * np.abs(found).max(1, keepdims=True)  # and not by rounding alone
+    most = np.where(moves, centered / np.where(moves, spread, 1.0), 0.0).max(0)
     return float((most >= most[0] - 1e-9).sum() / (count + 1))
 
 
-def swaps(sets: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Orders (count + 1, n) of the cells, each swapped within its set; the first is as they are."""
-    n = len(sets)
-    by_set = np.argsort(sets, kind="stable")
-    out = np.empty((count + 1, n), dtype=np.int64)
-    out[0] = np.arange(n)
-    for order in out[1:]:
-        # sorted by set and then at random: each cell of a set gets the place of another
-        order[by_set] = np.lexsort((rng.random(n), sets))
-    return out
+def swaps(sets: np.ndarray, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Orders (k, n) of the cells, each swapped within its set, a few at a time and `count` + 1 in all; the first is as they are."""
+    n, by_set = len(sets), np.argsort(sets, kind="stable")
+    for first in range(0, count + 1, AT_ONCE):
+        out = np.empty((min(AT_ONCE, count + 1 - first), n), dtype=np.int64)
+        for i, order in enumerate(out, start=first):
+            # sorted by set and then at random: each cell of a set gets the place of another
+            order[by_set] = np.lexsort((rng.random(n), sets)) if i else by_set
+        yield out

@@ -158,7 +158,8 @@ def _errors(ax: Axes, table: pd.DataFrame) -> None:
         ax.plot(table["lengthscale"], relative, **_line(*marker, _style.COLORS[name]), label=name)
     ax.axhline(1, **_dashes())
     ax.set_ylim(0, max(1.1, 1.05 * ax.dataLim.y1))
-    ticks = np.arange(0, ax.get_ylim()[1], 0.5)
+    top = ax.get_ylim()[1]
+    ticks = np.arange(0, top, 0.5 * max(1, np.ceil(top / 2)))  # few of them, where nothing is known
     ax.set_yticks(ticks, [_style.percent(tick) for tick in ticks])
     ax.set_ylabel("standard error\n(% of variance)")
     _legend(ax)

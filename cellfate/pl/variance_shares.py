@@ -31,8 +31,8 @@ def variance_shares(
     """Draw the mean shares as one stacked bar per response, of many the first 24, and under it each component's mean and 95% interval.
 
     Needs :func:`cellfate.tl.decompose`. Intervals are equal-tailed, from the 2.5% to the 97.5% quantile of the draws. A
-    negative share, which only the realized scale has (ancestry and neighborhood that offset each other), hangs to the
-    left of zero.
+    negative share, which only the realized scale has (of `shared`: what is expected of ancestry and of neighborhood offset each other),
+    hangs to the left of zero.
 
     Parameters
     ----------

@@ -112,7 +112,7 @@ def identifiability(
     if family not in FAMILIES:
         raise unknown("family", family, tuple(FAMILIES))
     if (family == "binomial") != (trials is not None) or not (
-        trials is None or (isinstance(trials, int | np.integer) and trials > 0)
+        trials is None or (isinstance(trials, int | np.integer) and not isinstance(trials, bool) and trials > 0)
     ):
         raise DataError(
             f"trials is {trials!r} with family={family!r}: 'binomial' needs how many trials a cell has, such as 10, and no other family "

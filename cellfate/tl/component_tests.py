@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import chi2, false_discovery_control
 
 from cellfate import _keys
-from cellfate._runtime import SeedLike, generator, logger, named_generator, progress
+from cellfate._runtime import SeedLike, generator, logger, named_generator, one_of_many, out_of_memory, progress
 from cellfate.cells import Cells, Coded
 from cellfate.engines.base import Engine
 from cellfate.engines.choose import choose
@@ -30,7 +30,7 @@ from cellfate.io.store import write_table
 from cellfate.kernels.base import Component
 from cellfate.model.glmm import Model
 from cellfate.tl.fitted import Fitted, fitted_all
-from cellfate.tl.sets import clades, regions
+from cellfate.tl.sets import clades, neighborhoods
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 METHODS = ("score", "likelihood_ratio", "bootstrap", "permutation")
 WITHOUT = ("categorical",)
 SWAPPED = 6  # cells of a set within which they are swapped, on average
+MOST_SWAPPED = 8  # of a neighborhood
 
 
 def test_components(
@@ -121,9 +122,8 @@ def test_components(
     names = _names(fit, components)
     sets = {name: _sets(fit, name) for name in names} if method == "permutation" else {}
     seed, rows = int(generator(rng).integers(2**63)), []
-    whole = fit.glmm.shared() if method == "likelihood_ratio" else None
     for name in names:
-        test = _Test(fit, name, method, int(n_boot), int(n_perm), sets.get(name), whole, alone=fates is None)
+        test = _Test(fit, name, method, int(n_boot), int(n_perm), sets.get(name), alone=fates is None)
         for cells in _responses(fit, fates):
             response = cells.response if isinstance(cells, Failure) else cells.response_name
             row = {} if fates is None else {"response": response}
@@ -175,11 +175,16 @@ def _sets(fit: Fitted, name: str) -> np.ndarray:
     if name == "spatial" and "lineage" in held and cells.forest is not None and cells.leaf is not None:
         return clades(cells.forest, cells.leaf, count)
     if name == "lineage" and "spatial" in held and cells.coordinates is not None:
-        return regions(cells.coordinates, cells.specimen, count)
+        return neighborhoods(cells.coordinates, cells.specimen, MOST_SWAPPED)
     raise NotImplementedError(
         f"method='permutation' is there for 'lineage' and 'spatial', each given the other with positions, not for {name!r} given "
         f"{', '.join(held)}. Take method='score' or 'bootstrap', or name `components`."
     )
+
+
+def half_chi_square(gain: float) -> float:
+    """Tail of an even mixture of chi-squares of zero and one degree of freedom."""
+    return float(0.5 * chi2.sf(gain, 1)) if gain > 0 else 1.0
 
 
 class _Test:
@@ -193,7 +198,6 @@ class _Test:
         n_boot: int,
         n_perm: int,
         sets: np.ndarray | None,
-        whole: GLMM | None,
         *,
         alone: bool,
     ) -> None:
@@ -201,26 +205,30 @@ class _Test:
         self.rest = [c for c in glmm.components if c.name != name and not _goes_by(c, name)]
         (self._own,) = (c for c in glmm.components if c.name == name)
         self._engine, _ = choose("auto", [self._own], fit.cells.n, device=glmm.device, dtype=glmm.dtype, rank=glmm.rank)
-        self._null, self._whole, self._sets = _without(fit, self.rest).shared(), whole, sets
+        self._null, self._sets = _with_only(fit, self.rest).shared(), sets
+        # the null model and the component, without the interactions that go by it
+        self._whole = _with_only(fit, [c for c in glmm.components if c is self._own or c in self.rest]).shared()
         self._method, self._n_boot, self._n_perm = method, n_boot, n_perm
 
     def __call__(self, cells: Cells | Failure, rng: np.random.Generator) -> dict[str, Any]:
         """`p`, what it was made from, and `status`."""
         if isinstance(cells, Failure):
             return {"p": np.nan, "status": f"failed: {cells.reason}"}
-        try:
+        if self._alone:
             return self._tested(cells, rng) | {"status": "tested"}
+        try:
+            with one_of_many():
+                return self._tested(cells, rng) | {"status": "tested"}
         except (DataError, ArithmeticError, ValueError, RuntimeError) as error:
-            if self._alone:
+            if out_of_memory(error):
                 raise
             return {"p": np.nan, "status": f"failed: {error}"}
 
     def _tested(self, cells: Cells, rng: np.random.Generator) -> dict[str, Any]:
         model, engine, mode = _mode(self._null, cells)
         if self._method == "likelihood_ratio":
-            assert self._whole is not None
             gain = 2 * (_mode(self._whole, cells)[2].free_energy - mode.free_energy)
-            return {"p": float(0.5 * chi2.sf(gain, 1)) if gain > 0 else 1.0, "statistic": gain}
+            return {"p": half_chi_square(gain), "statistic": gain}
         rule = self._null.rule
         null = Null(model, engine, rule, mode)
         if self._sets is not None:
@@ -256,7 +264,7 @@ def _goes_by(component: Any, name: str) -> bool:
     return any(parameter.endswith(f"_{name}") for parameter in component.kernel.borrowed)
 
 
-def _without(fit: Fitted, rest: Sequence[Component]) -> GLMM:
+def _with_only(fit: Fitted, rest: Sequence[Component]) -> GLMM:
     """The model of the fit with these components only."""
     glmm = fit.glmm
     priors = fit.priors_among([c.name for c in rest])

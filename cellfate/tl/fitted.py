@@ -39,8 +39,10 @@ class Fitted:
         gone = {c.name for c in self.glmm.components if c.name not in components}
 
         def stays(name: str) -> bool:
-            of = name.partition("_")[2]  # sd_batch:time is of batch:time, and goes with batch too
-            return of not in gone and of.partition(":")[0] not in gone
+            of = name.partition("_")[
+                2
+            ]  # sd_batch:time is of batch:time, and goes with batch where that is no component itself
+            return of in components or (of not in gone and of.partition(":")[0] not in gone)
 
         return {name: prior for name, prior in self.glmm.priors.items() if stays(name)}
 

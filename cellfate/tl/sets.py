@@ -56,3 +56,19 @@ def regions(coordinates: np.ndarray, specimen: np.ndarray, count: int) -> np.nda
         label[cells] += used
         used = int(label[cells].max()) + 1
     return label
+
+
+def neighborhoods(coordinates: np.ndarray, specimen: np.ndarray, size: int) -> np.ndarray:
+    """Cells in neighborhoods of at most `size` (n,), each within a specimen, halved along their longest side until they are so small."""
+    label, used = np.empty(len(coordinates), dtype=np.int64), 0
+    parts = [np.flatnonzero(specimen == code) for code in np.unique(specimen)]
+    while parts:
+        cells = parts.pop()
+        if len(cells) <= size:
+            label[cells], used = used, used + 1
+            continue
+        sides = np.ptp(coordinates[cells], axis=0)
+        order = np.argsort(coordinates[cells, int(sides.argmax())], kind="stable")
+        half = len(cells) // 2
+        parts += [cells[order[half:]], cells[order[:half]]]
+    return label

@@ -523,3 +523,10 @@ def test_territories_confound_more_than_drift():
         assert found["territories"] > found["drift"] + 0.1
     with pytest.raises(DataError, match="layout"):
         simulate(20, layout="grid", rng=0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_few_cells_have_places_too(n, dimensions):
+    adata = simulate(2 * n, n_specimens=2, dimensions=dimensions, layout="territories", inheritance=0.9, rng=n)
+    assert np.isfinite(adata.obsm["spatial"]).all()

@@ -227,12 +227,13 @@ def test_realized_variances_are_what_each_component_has_for_itself(gridded):
             assert 0.8 * mean.var(ddof=1) < draws.mean() < 1.1 * (mean.var(ddof=1) + (sd**2).mean())
 
 
-def test_realized_variances_add_up(gridded):
-    """With what is shared, to the variance of the whole, which is not negative in any draw."""
+def test_what_is_shared_is_twice_the_covariance_of_the_means(gridded):
+    """Of the fields; of each grid point it is that of its own means, so that the integral lies near that of the mean of all."""
     grid, found = gridded
-    parts = [found.realized[name] for name in grid.effects]
-    assert (sum(parts) + found.realized["shared"] >= 0).all()
-    assert np.abs(found.realized["shared"]).max() > 0
+    means = [mean for mean, _ in grid.effects.values()]
+    twice = np.sum(np.cov(np.stack(means))) - sum(m.var(ddof=1) for m in means)
+    size = np.var(np.sum(means, axis=0), ddof=1)
+    assert found.realized["shared"].mean() == pytest.approx(twice, abs=0.1 * size)
 
 
 @pytest.mark.parametrize(("same", "shares"), [(True, (0.25, 0.25, 0.5)), (False, (0.5, 0.5, 0.0))])

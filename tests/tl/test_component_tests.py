@@ -20,6 +20,7 @@ from cellfate.kernels.base import Component, unit_scale
 from cellfate.kernels.groups import Intercepts
 from cellfate.model.glmm import Model
 from cellfate.tl.fitted import fitted
+from cellfate.tl.sets import neighborhoods
 from tests.embryo import embryo
 from tests.problem import entries, small_problem
 
@@ -130,9 +131,21 @@ def test_the_likelihood_ratio_is_the_gain_from_mode_to_mode(fit):
         assert tests.loc[name, "p"] == pytest.approx(expected, rel=0.01, abs=1e-12)
 
 
+def test_the_likelihood_ratio_adds_one_component():
+    """Not the interaction that goes by it: as of a fit that has none."""
+    statistics = []
+    for interaction in (True, False):
+        adata = embryo()
+        cf.tl.decompose(adata, "size", family="gaussian", interaction=interaction, rng=0)
+        cf.tl.test_components(adata, "spatial", method="likelihood_ratio")
+        statistics.append(cf.get.tests(adata)["statistic"].item())
+    assert statistics[0] == pytest.approx(statistics[1], abs=1e-3)
+
+
 def test_swaps_stay_within_their_sets():
     sets = np.array([0, 1, 0, 2, 1, 0, 3])
-    orders = swaps(sets, 4000, np.random.default_rng(0))
+    orders = np.concatenate(list(swaps(sets, 4000, np.random.default_rng(0))))
+    assert len(orders) == 4001
     assert (orders[0] == np.arange(7)).all()
     assert (np.sort(orders, 1) == np.arange(7)).all()
     assert (sets[orders] == sets).all()
@@ -154,12 +167,12 @@ def test_swapped_cells_are_those_of_the_covariance_written_out():
     p = swap_test(null, own, component, sets, count=199, rng=np.random.default_rng(3))
     k, b = unit_scale(entries(kernel)).numpy(), null.b.numpy()
     found = []
-    for order in swaps(sets, 199, np.random.default_rng(3)):
+    for order in np.concatenate(list(swaps(sets, 199, np.random.default_rng(3)))):
         back = np.argsort(order)
         found.append(b @ k[np.ix_(back, back)] @ b)
     assert p == pytest.approx((np.array(found) >= found[0] * (1 - 1e-12)).mean(), abs=1e-12)
     alone = np.arange(model.data.n)
-    assert swap_test(null, own, component, alone, count=19, rng=np.random.default_rng(0)) == 1.0
+    assert swap_test(null, own, component, alone, count=199, rng=np.random.default_rng(0)) == 1.0
 
 
 def test_permutation_sees_what_is_there(fit):
@@ -177,7 +190,7 @@ def test_what_cannot_be_swapped_is_said():
     with pytest.raises(NotImplementedError, match="not for 'batch' given lineage, spatial"):
         cf.tl.test_components(adata, method="permutation")
     cf.tl.test_components(adata, ["lineage", "spatial"], method="permutation", n_perm=19, rng=0)
-    assert cf.get.tests(adata)["p"].between(0.05, 1).all()
+    assert (cf.get.tests(adata)["p"] * 20).round(9).isin(range(1, 21)).all()
 
 
 def test_many_fates_are_tested_like_each_of_them(fit, tmp_path):
@@ -223,3 +236,20 @@ def test_priors_stay_with_the_components_that_stay():
     names = {c.name for c in fit.glmm.components}
     for gone, prior in (("batch", "sd_batch"), ("other_batch", "sd_other_batch"), ("spatial", "lengthscale_spatial")):
         assert set(held) - set(fit.priors_among(sorted(names - {gone}))) == {prior}
+    priors = {"sd_lineage:spatial": ("half_normal", 0.5)}
+    cf.tl.decompose(adata, "size", family="gaussian", interaction=True, priors=priors, rng=0)
+    fit = fitted(adata, "cellfate", dict.fromkeys(OBJECTS), "cpu")
+    assert "sd_lineage:spatial" in fit.priors_among(["spatial", "lineage:spatial"])
+    assert "sd_lineage:spatial" not in fit.priors_among(["spatial"])
+
+
+def test_neighborhoods_are_small_and_of_one_specimen():
+    rng = np.random.default_rng(0)
+    xyz, specimen = rng.normal(size=(1000, 2)) * [3.0, 1.0], rng.integers(3, size=1000)
+    label = neighborhoods(xyz, specimen, 8)
+    sizes = np.bincount(label)
+    assert sizes.max() <= 8
+    assert sizes.min() >= 4
+    assert all(len(np.unique(specimen[label == k])) == 1 for k in range(len(sizes)))
+    within = np.mean([xyz[label == k].var(axis=0).sum() for k in range(len(sizes))])
+    assert within < 0.05 * xyz.var(axis=0).sum()
