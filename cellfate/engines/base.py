@@ -37,11 +37,6 @@ class Sites:
     def __getitem__(self, index: Tensor) -> Sites:
         return Sites(self.precision[index], self.shift[index])
 
-    def among(self, n: int, places: Tensor) -> Sites:
-        """These sites at `places` of `n`, and sites that say nothing elsewhere."""
-        empty = self.precision.new_zeros(*self.precision.shape[:-1], n)
-        return Sites(empty.index_copy(-1, places, self.precision), empty.index_copy(-1, places, self.shift))
-
 
 class Posterior(ABC):
     """The Gaussian posterior N(mean, Sigma) of the latent field `u`, the sum of all components, given sites.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cellfate._runtime import logger
-from cellfate.engines.base import Engine, Sites
+from cellfate.engines.base import Engine
 from cellfate.inference.mode import PILOT_GAIN, Mode, find_mode, not_absent
 from cellfate.inference.sites import Rule
 from cellfate.model.glmm import Model
@@ -43,7 +43,7 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
     pilot = find_mode(thin, engine.pilot(thin.components, some), rule, gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(pilot.curvature.diagonal().cpu().numpy(), 1e-3, None))
     sd = {name: max(NARROWEST, float(spread[names.index(name)])) for name in fields}
-    u, sites, information = pilot.u, _among(model, pilot.sites, some), {}
+    u, information = pilot.u, {}
     if model.data.n <= FINE:
         precision = float(pilot.sites.precision.mean())
         sds = {p.name.removeprefix("sd_"): float(x) for p, x in zip(model.parameters, pilot.u, strict=True)}
@@ -51,22 +51,17 @@ def locate(model: Model, engine: Engine, rule: Rule) -> tuple[Model, Engine, Mod
     known: torch.Tensor | None = pilot.curvature * (model.data.n / len(some)) ** GROWING
     cells = STAGE
     while model.data.n // model.data.copies > 4 * cells:
-        u, sites = _stage(model, engine, rule, u, sites, sd, fields, cells)
+        u = _stage(model, engine, rule, u, sd, fields, cells)
         cells *= GROWTH
         known = None  # so many more cells know more than a power law of the pilot's says
     for _ in range(ATTEMPTS - 1):
-        focused, sharp, mode = _focused(model, engine, rule, u, sites, sd, fields, information, known)
+        focused, sharp, mode = _focused(model, engine, rule, u, sd, fields, information, known)
         cut = _cut(model, focused, mode.u, fields)
         if not cut:
             return focused, sharp, mode
-        u, sites = mode.u, mode.sites
+        u = mode.u
         sd |= {name: 1.5 * sd[name] for name in cut}
-    return _focused(model, engine, rule, u, sites, sd, fields, information, known)
-
-
-def _among(model: Model, sites: Sites, some: np.ndarray) -> Sites:
-    """Sites of a fit of some cells, for all: the others are predicted from these, which is a better start than each cell alone."""
-    return sites.among(model.data.n, torch.as_tensor(some, device=sites.shift.device))
+    return _focused(model, engine, rule, u, sd, fields, information, known)
 
 
 def _focused(
@@ -74,7 +69,6 @@ def _focused(
     engine: Engine,
     rule: Rule,
     u: torch.Tensor,
-    sites: Sites,
     sd: dict[str, float],
     fields: dict[str, str],
     information: dict[str, float],
@@ -84,7 +78,7 @@ def _focused(
     logger.debug("length-scales within %s", limits)
     focused = model.within(limits)
     sharp = engine.focus({field: limits[name] for name, field in fields.items()}, information)
-    return focused, sharp, find_mode(focused, sharp, rule, start=not_absent(model, u), sites=sites, curvature=known)
+    return focused, sharp, find_mode(focused, sharp, rule, start=not_absent(model, u), curvature=known)
 
 
 def _stage(
@@ -92,22 +86,20 @@ def _stage(
     engine: Engine,
     rule: Rule,
     u: torch.Tensor,
-    sites: Sites,
     sd: dict[str, float],
     fields: dict[str, str],
     cells: int,
-) -> tuple[torch.Tensor, Sites]:
+) -> torch.Tensor:
     """A better start, from a larger part of the cells; narrows `sd` to what it leaves open."""
     some, limits = model.data.some(cells), _limits(model, u, sd)
     thin = model.at(some).within(limits)
     sharp = engine.at(thin.components, some).focus({field: limits[name] for name, field in fields.items()})
-    known = Sites(sites.precision[:, some], sites.shift[:, some])
-    mode = find_mode(thin, sharp, rule, start=not_absent(model, u), sites=known, gain=PILOT_GAIN)
+    mode = find_mode(thin, sharp, rule, start=not_absent(model, u), gain=PILOT_GAIN)
     spread = 1 / np.sqrt(np.clip(mode.curvature.diagonal().cpu().numpy(), 1e-3, None))
     for i, parameter in enumerate(model.parameters):
         if parameter.name in sd and not _cut(model, thin, mode.u, {parameter.name: fields[parameter.name]}):
             sd[parameter.name] = max(NARROWEST, float(spread[i]))
-    return mode.u, _among(model, mode.sites, some)
+    return mode.u
 
 
 def _limits(model: Model, u: torch.Tensor, sd: dict[str, float]) -> Ranges:

@@ -215,21 +215,19 @@ def find_mode(
     rule: Rule,
     *,
     start: Tensor | None = None,
-    sites: Sites | None = None,
     curvature: Tensor | None = None,
     gain: float | None = None,
 ) -> Mode:
     """Maximize free energy plus log prior, and differentiate twice there.
 
-    `start` (d,) is where to begin, with what `sites` (1, n) if they are known; where another step would bring less than `gain` nats is
-    near enough.
+    `start` (d,) is where to begin; where another step would bring less than `gain` nats is near enough.
     """
     if start is None:
         u, sites = _start(model, engine, rule)
     else:
         low, high = _bounds(model, start)
         u = torch.minimum(torch.maximum(start, low), high)
-        sites = evaluate(model, engine, model.theta(u[None]), rule, start=sites, tolerance=0.1).fit.sites
+        sites = evaluate(model, engine, model.theta(u[None]), rule, tolerance=0.1).fit.sites
     at_bound: tuple[str, ...] = ()
     count, converged, message = 1, True, "no hyperparameter to estimate"
     gradient, large = u, model.data.n > LARGE

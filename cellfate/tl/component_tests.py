@@ -206,9 +206,9 @@ class _Test:
         (self._own,) = (c for c in glmm.components if c.name == name)
         self._engine, _ = choose("auto", [self._own], fit.cells.n, device=glmm.device, dtype=glmm.dtype, rank=glmm.rank)
         self._null, self._sets = _with_only(fit, self.rest).shared(), sets
-        # the null model and the component, without the interactions that go by it
-        self._whole = _with_only(fit, [c for c in glmm.components if c is self._own or c in self.rest]).shared()
         self._method, self._n_boot, self._n_perm = method, n_boot, n_perm
+        if method == "likelihood_ratio":  # the null model and the component, without the interactions that go by it
+            self._whole = _with_only(fit, [c for c in glmm.components if c is self._own or c in self.rest]).shared()
 
     def __call__(self, cells: Cells | Failure, rng: np.random.Generator) -> dict[str, Any]:
         """`p`, what it was made from, and `status`."""

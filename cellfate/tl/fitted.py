@@ -39,9 +39,8 @@ class Fitted:
         gone = {c.name for c in self.glmm.components if c.name not in components}
 
         def stays(name: str) -> bool:
-            of = name.partition("_")[
-                2
-            ]  # sd_batch:time is of batch:time, and goes with batch where that is no component itself
+            # sd_batch:time is of batch:time, and goes with batch where that is no component itself
+            of = name.partition("_")[2]
             return of in components or (of not in gone and of.partition(":")[0] not in gone)
 
         return {name: prior for name, prior in self.glmm.priors.items() if stays(name)}
