@@ -156,11 +156,7 @@ class Categorical(Family):
         self, outcome: Outcome, mean: Tensor, variance: Tensor, phi: Tensor | None = None, higher: bool = True
     ) -> tuple[Expectation, Remainder]:
         def reduce(at: Nodes) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                m, v = at.mean.detach().requires_grad_(True), at.variance.detach().requires_grad_(True)
-                rest = Nodes(at.y, at.t, m, v, at.h, at.per_axis).log_rest()
-                in_mean, in_variance = torch.autograd.grad(rest.sum(), (m, v))
-            moments = at.value, at.slope, at.precision, rest.detach(), in_mean, in_variance, at.cross()
+            moments = at.value, at.slope, at.precision, *at.log_rest_and_slopes(), at.cross()
             return *moments, *(at.higher() if higher else ())
 
         found = self._integrate_cells(reduce, outcome, mean, variance)
@@ -230,23 +226,25 @@ class Nodes:
         self.y, self.t, self.mean, self.variance, self.h, self.per_axis = y, t, mean, variance, h, per_axis
         z, w = _rule(h.shape[1], per_axis)
         self.z, self.w = torch.as_tensor(z).to(h), torch.as_tensor(w).to(h)
-        self.away = self._away()  # from the mean, (c, q, J)
-        logits = (mean @ h.mT)[:, None] + self.away @ h.mT  # (c, q, K)
-        self.lse = torch.logsumexp(logits, -1)
-        self.p = torch.exp(logits - self.lse[..., None])
-        self.expected = self.p @ h  # (c, q, J)
+        logits = (mean @ h.mT)[..., None] + self._away(h)  # (c, K, q): the many nodes last
+        highest = logits.detach().amax(1)
+        odds = torch.exp(logits - highest[:, None])  # once, and both from it
+        total = odds.sum(1)
+        self.lse, self.p = highest + torch.log(total), odds / total[:, None]
 
-    def _away(self) -> Tensor:
+    def _away(self, h: Tensor) -> Tensor:
+        """Of combinations h (k, J) of the contrasts how far (c, k, q) the nodes are from the mean."""
         self.sd = self.variance.clamp(min=1e-14).sqrt()
-        return self.sd[:, None] * self.z
-
-    def average(self, x: Tensor) -> Tensor:  # (c, q, k) -> (c, k)
-        """Expectation of what is known at the nodes."""
-        return (x.mT @ self.w[:, None])[..., 0]
+        return (h * self.sd[:, None]) @ self.z.mT
 
     @cached_property
     def mean_p(self) -> Tensor:
-        return self.average(self.p)
+        return self.p @ self.w
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """Contrasts (c, J, q) that are expected at the nodes."""
+        return self.h.mT @ self.p
 
     @property
     def value(self) -> Tensor:
@@ -261,21 +259,49 @@ class Nodes:
         """Minus the second derivative, on average: by Stein's identity from the first, so that it is what quadrature makes of the slope
         of the bound in the variance, and sites at which they agree are where that bound, too, is highest.
         """
-        return self.t[:, None] * self.average(self.expected * self.z) / self.sd
+        return self.t[:, None] * self.away_slope / self.sd
+
+    @cached_property
+    def away_slope(self) -> Tensor:
+        """Expected product (c, J) of the place of a node, in sds, and the slope of the normalizer there."""
+        return (self.p @ (self.w[:, None] * self.z) * self.h).sum(1)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """E p_k p_l (c, K, K)."""
+        return (self.p * self.w) @ self.p.mT
 
     def log_rest(self) -> Tensor:
         """Log E exp r (c,), r what f is less its projection on quadratics without products."""
+        return torch.logsumexp(self._log_tilted(), -1)
+
+    def _log_tilted(self) -> Tensor:
         # what is linear in the contrasts is in the projection: r is that of the normalizer alone
         slope = (self.mean_p @ self.h) * self.sd
-        bend = -self.precision / self.t[:, None] * self.sd.square() / 2
+        bend = -self.away_slope * self.sd / 2
         rest = self.lse - (self.lse @ self.w)[:, None] - slope @ self.z.mT + bend @ (self.z.square() - 1).mT
-        return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
+        return torch.log(self.w) - self.t[:, None] * rest
+
+    def log_rest_and_slopes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`log_rest` with its derivatives (c, J) in the means and variances."""
+        log_tilted = self._log_tilted()
+        rest = torch.logsumexp(log_tilted, -1)
+        tilted = torch.exp(log_tilted - rest[:, None])
+        first, second = tilted @ self.z, tilted @ (self.z.square() - 1)
+        # of the slope at a node the tilted expectation less the one that the projection takes; the latter itself moves by the covariance
+        # of contrasts at the nodes, along `pulled`
+        pulled = (self.h * (self.sd * second / 2)[:, None]) @ self.z.mT + (first * self.sd @ self.h.mT)[..., None]
+        covered = self.p * pulled
+        covered = covered - self.p * covered.sum(1, keepdim=True)
+        per_node = (tilted - self.w)[:, None] * self.p - self.w * covered
+        in_mean = per_node.sum(-1) @ self.h
+        in_sd = (per_node @ self.z * self.h).sum(1) - first * (self.mean_p @ self.h) - second * self.away_slope / 2
+        t = self.t[:, None]
+        return rest, -t * in_mean, -t * in_sd / (2 * self.sd)
 
     def cross(self) -> Tensor:
         """E f_ij (c, J, J) off the diagonal."""
-        both = self.h[:, :, None] * self.h[:, None, :]
-        product = (self.expected * self.w[:, None]).mT @ self.expected
-        found = -self.t[:, None, None] * (torch.tensordot(self.mean_p, both, dims=1) - product)
+        found = -self.t[:, None, None] * (self.h.mT @ (torch.diag_embed(self.mean_p) - self.products) @ self.h)
         return found - torch.diag_embed(found.diagonal(dim1=-2, dim2=-1))
 
     def higher(self) -> tuple[Tensor, Tensor]:
@@ -283,28 +309,27 @@ class Nodes:
 
         In closed form at the nodes: by Stein's identity their noise grows with the number of contrasts.
         """
-        h, w, mu, t = self.h, self.w[:, None], self.expected, self.t[:, None, None]
+        h, w, mu, t = self.h, self.w, self.expected, self.t[:, None, None]
         axes, square = h.shape[1], h.square()
         both = h[:, :, None] * h[:, None, :]  # (K, J, J)
-        spread = self.p @ square  # second moments, (c, q, J)
-        weighted = (mu * w).mT
-        with_p, with_square = weighted @ self.p, (mu.square() * w).mT  # E mu_i p_k (c, J, K)
+        spread = square.mT @ self.p  # second moments, (c, J, q)
+        with_p, with_square = (mu * w) @ self.p.mT, mu.square() * w  # E mu_i p_k (c, J, K)
 
         third = torch.tensordot(self.mean_p, square[:, :, None] * h[:, None], dims=1)
-        third = third - (spread * w).mT @ mu + 2 * with_square @ mu
+        third = third - (spread * w) @ mu.mT + 2 * with_square @ mu.mT
         third = third - 2 * torch.einsum("cik,kij->cij", with_p, both)
 
         variance = spread - mu.square()
         one = torch.einsum("cik,kij->cij", with_p, h[:, :, None] * square[:, None])  # mu_i times h_i h_j^2
-        two = with_square @ spread  # mu_i^2 h_j^2
+        two = with_square @ spread.mT  # mu_i^2 h_j^2
         fourth = torch.tensordot(self.mean_p, square[:, :, None] * square[:, None], dims=1)
-        fourth = fourth - 2 * (one + one.mT) + two + two.mT + with_square @ mu.square()
-        fourth = fourth - (variance * w).mT @ variance
+        fourth = fourth - 2 * (one + one.mT) + two + two.mT + with_square @ mu.square().mT
+        fourth = fourth - (variance * w) @ variance.mT
         # of a covariance c_ij at a node 4 mu_i mu_j c_ij - 2 c_ij^2: as large as the nodes times all pairs, so once a pair and in place
         i, j = torch.tril_indices(axes, axes, device=h.device)
-        across = mu[..., i] * mu[..., j]
-        covariance = (self.p @ (h[:, i] * h[:, j])).sub_(across)
-        pairs = (across.mul_(2).sub_(covariance).mul_(covariance).mT @ self.w).mul_(2)
+        across = mu[:, i] * mu[:, j]
+        covariance = ((h[:, i] * h[:, j]).mT @ self.p).sub_(across)
+        pairs = (across.mul_(2).sub_(covariance).mul_(covariance) @ w).mul_(2)
         shares = torch.zeros_like(fourth)
         shares[:, i, j] = pairs
         shares[:, j, i] = pairs

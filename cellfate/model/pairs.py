@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -159,14 +159,10 @@ def _slope(y: Tensor, t: Tensor, h: Tensor, p: Tensor) -> Tensor:
 class PairNodes(Nodes):
     """What is known at the nodes of some cells under N(mean, V): mean (c, J), and V by the variances (c, R) of all differences."""
 
-    def _away(self) -> Tensor:
+    def _away(self, h: Tensor) -> Tensor:
         self.covariance = _covariance(self.variance, self.h)
-        return self.z @ _factor(self.covariance).mT  # (c, q, J)
-
-    @cached_property
-    def products(self) -> Tensor:
-        """E p_k p_l (c, K, K)."""
-        return (self.p * self.w[:, None]).mT @ self.p
+        self.factor = _factor(self.covariance)
+        return h @ self.factor @ self.z.mT
 
     @property
     def slope(self) -> Tensor:
@@ -179,10 +175,13 @@ class PairNodes(Nodes):
 
     def log_rest(self) -> Tensor:
         """Log E exp r (c,), r what f is less its projection on all quadratics."""
-        slope = (self.mean_p @ self.h)[..., None]
+        slope = self.mean_p @ self.h
         curvature = self.h.mT @ (torch.diag_embed(self.mean_p) - self.products) @ self.h
-        quadratic = ((self.away @ curvature) * self.away).sum(-1) - (curvature * self.covariance).sum((-2, -1))[:, None]
-        rest = self.lse - (self.lse @ self.w)[:, None] - (self.away @ slope)[..., 0] - quadratic / 2
+        # of the nodes' places, in standard normals: as many quadratic forms as nodes
+        form = self.factor.mT @ curvature @ self.factor
+        quadratic = ((form @ self.z.mT) * self.z.mT).sum(1) - (curvature * self.covariance).sum((-2, -1))[:, None]
+        linear = (slope[:, None] @ self.factor)[:, 0] @ self.z.mT
+        rest = self.lse - (self.lse @ self.w)[:, None] - linear - quadratic / 2
         return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
 
 
