@@ -1,16 +1,20 @@
 """Real data, end to end: every run prints its table and the seconds it took, and saves its figures.
 
-Needs CELLFATE_DATA. `python benchmarks/real.py [--only NAME] [--figures FOLDER] [--threads 2]`
+Needs CELLFATE_DATA. `python benchmarks/real.py [--only NAME] [--figures FOLDER] [--threads 2]`; with `--questions` also what these
+cells could tell before any fate is looked at, tests of the components, the comparison of models and the checks of the fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from anndata import AnnData
 
 import cellfate as cf
 
@@ -51,12 +55,39 @@ RUNS: dict[str, tuple[str, str, dict]] = {
 }
 
 
+def ask(adata: AnnData, options: dict, figures: Path | None) -> None:
+    """What else a user would ask of a fit, with the seconds of each answer."""
+    design = {k: options[k] for k in ("family", "library_key", "trials") if k in options}
+    questions: dict[str, tuple[Callable[[], object], Callable[[], pd.DataFrame]]] = {
+        "identifiability": (
+            lambda: cf.pp.identifiability(adata, **design),
+            lambda: cf.get.identifiability(adata),
+        ),
+        "tests": (lambda: cf.tl.test_components(adata, rng=0), lambda: cf.get.tests(adata)),
+        "comparison": (lambda: cf.tl.compare(adata, rng=0), lambda: cf.get.comparison(adata)),
+        "checks": (lambda: cf.tl.check(adata, rng=0), lambda: cf.get.checks(adata)),
+    }
+    for name, (answer, read) in questions.items():
+        began = time.perf_counter()
+        answer()
+        print(f"\n{name}, {time.perf_counter() - began:.1f} s\n{read().round(3).to_string(index=False)}", flush=True)
+    print(f"\npredictions\n{cf.get.predictions(adata).round(3).to_string(index=False)}", flush=True)
+    if figures is not None:
+        for plot in (cf.pl.identifiability, cf.pl.compare, cf.pl.residuals):
+            plot(adata, show=False, save=figures.with_name(f"{figures.name}_{plot.__name__}.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=RUNS, nargs="*", default=list(RUNS))
     parser.add_argument("--figures", type=Path)
+    parser.add_argument(
+        "--questions", action="store_true", help="identifiability, tests, comparison and checks as well"
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.figures:
+        args.figures.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     for name in args.only:
         loader, fate, options = RUNS[name]
@@ -78,8 +109,9 @@ def main() -> None:
         if "lengthscale_spatial" in draws:
             print("length-scale", np.round(np.quantile(draws["lengthscale_spatial"], [0.025, 0.5, 0.975]), 2))
         print({k: found[k] for k in ("status", "pareto_k", "interpolation_error", "verdict")}, flush=True)
+        if args.questions:
+            ask(adata, options, None if args.figures is None else args.figures / name)
         if args.figures:
-            args.figures.mkdir(parents=True, exist_ok=True)
             cf.pl.variance_shares(adata, show=False, save=args.figures / f"{name}_shares.png")
             cf.pl.posterior(adata, show=False, save=args.figures / f"{name}_posterior.png")
             if "spatial" in adata.obsm:
