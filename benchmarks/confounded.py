@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         fit, [(family, layout, inheritance, options.n, seed) for seed in seeds], chunksize=1
                     )
                     found = [one for one in found if one]
+                    if not found:
+                        print(f"{family}, {layout}, {inheritance}: no set with two fates", flush=True)
+                        continue
                     row = {"family": family, "layout": layout, "inheritance": inheritance, "sets": len(found)}
                     row |= {name: float(np.mean([one[name] for one in found])) for name in found[0]}
                     p = (sum(one["covered"] for one in found) + 2) / (len(found) + 4)

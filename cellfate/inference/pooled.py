@@ -100,6 +100,9 @@ def _mixture(
         mean = weight @ means
         effects[name] = mean, np.sqrt(weight @ (sds**2 + (means - mean) ** 2))
     used = weight > 0
+    drawn = [
+        p for p, w in zip(posteriors, weight, strict=True) if w * DRAWS >= 0.5
+    ] or posteriors  # of others there is no draw
     independent = np.array([p.effective_draws for p in posteriors])[used]
     return Hyperposterior(
         values=by_name([p.values for p in posteriors], chosen),
@@ -107,8 +110,8 @@ def _mixture(
         effects=effects,
         realized=by_name([p.realized for p in posteriors], even),
         log_evidence=float(logsumexp([p.log_evidence for p in posteriors], b=prior)),
-        pareto_k=max(p.pareto_k for p in posteriors),
-        interpolation_error=max(p.interpolation_error for p in posteriors),
+        pareto_k=max(p.pareto_k for p in drawn),
+        interpolation_error=max(p.interpolation_error for p in drawn),
         effective_draws=min(float(DRAWS), float(1 / (weight[used] ** 2 / independent).sum())),
         evaluations=sum(p.evaluations for p in posteriors),
         unsettled=sum(p.unsettled for p in posteriors),

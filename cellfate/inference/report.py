@@ -187,9 +187,11 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
 def told_apart(correlation: float, width: float) -> str:
     """In words, from the correlation of both variances and the width of the interval of how ancestry and neighborhood divide."""
     if correlation < -0.6 and width > 0.5:
-        return "confounded: this data knows the sum of ancestry and neighborhood better than either"
+        return (
+            "confounded: ancestry and neighborhood cannot be told apart, this data knows their sum better than either"
+        )
     if width > 0.7:
-        return "weak: this data says little about how ancestry and neighborhood divide what they explain"
+        return "weak: ancestry and neighborhood cannot be told apart, this data says little about how they divide what they explain"
     if width > 0.4:
         return "partial: ancestry and neighborhood are told apart roughly, the interval of how they divide is wide"
     return "clear: this data tells ancestry and neighborhood apart"

@@ -259,6 +259,39 @@ def test_what_cannot_be_told_apart_is_shared(same, shares):
     assert means == pytest.approx(shares, abs=0.03)
 
 
+def test_what_is_a_components_own_is_exact_where_hyperparameters_are_known():
+    """var(E f_k) + tr P Cov(f_k, u) / (n - 1), by dense algebra, P the centering; kernels that overlap in part."""
+    rng, n = np.random.default_rng(1), 60
+    codes = np.arange(n) // 6, np.repeat(np.arange(n // 4), 4)
+    variances, noise = (1.5, 0.7), 0.8
+    kernels = [np.equal.outer(c, c).astype(float) for c in codes]
+    y = np.linalg.cholesky(
+        sum(v * k for v, k in zip(variances, kernels, strict=True)) + noise * np.eye(n)
+    ) @ rng.standard_normal(n)
+    components = [Component(name, Intercepts(c)) for name, c in zip(("one", "two"), codes, strict=True)]
+    data = Data(Outcome(torch.as_tensor(y)), torch.ones(n, 1, dtype=torch.float64), ("Intercept",), double(np.zeros(n)))
+    sds = dict(zip(("sd_one", "sd_two", "sd_residual"), np.sqrt([*variances, noise]), strict=True))
+    priors = {name: ("fixed", sd) for name, sd in sds.items()} | {"beta": ("normal", 1.0)}
+    model, engine = Model(get_family("gaussian", None), components, data, priors), dense_engine(components, n)
+    mode = find_mode(model, engine, Variational())
+    # there is one point, and a run has few draws of fields at it
+    runs = [integrate(model, engine, Variational(), mode, np.random.default_rng(seed)).realized for seed in range(20)]
+
+    terms = {t.name: t.variance.item() for t in model.terms(model.from_natural({})[0])}
+    scaled = {"one": terms["one"] * kernels[0], "two": terms["two"] * kernels[1]}
+    fixed = terms["fixed"] * np.ones((n, n))
+    k = sum(scaled.values()) + fixed
+    solve = np.linalg.inv(k + noise * np.eye(n))
+    center = np.eye(n) - 1 / n
+    for name, part in scaled.items():
+        mean, with_all = part @ solve @ y, part - part @ solve @ k
+        expected = mean.var(ddof=1) + np.trace(center @ with_all) / (n - 1)
+        means = [run[name].mean() for run in runs]
+        error = np.std(means, ddof=1) / np.sqrt(len(means))
+        assert np.mean(means) == pytest.approx(expected, abs=4 * error)
+        assert error < 0.02 * expected
+
+
 # --- the ends of the range ---
 
 
