@@ -11,7 +11,9 @@ from cellfate.trees.forest import Forest
 
 
 def clades(forest: Forest, leaf: np.ndarray, count: int) -> np.ndarray:
-    """Cells in about `count` clades (n,): the largest is divided at its top until there are so many."""
+    """Cells in about `count` clades (n,): the largest is divided at its top until there are so many. Sisters that all are leaves, as the
+    cells of a clone, stay together.
+    """
     below = np.zeros(forest.n_nodes, dtype=np.int64)
     below[leaf] = 1
     for node in range(forest.n_nodes):  # children come before their parents
@@ -25,7 +27,7 @@ def clades(forest: Forest, leaf: np.ndarray, count: int) -> np.ndarray:
 
     def meet(node: int) -> None:
         tops.append(node)
-        if below[node] > 1 and node in children:
+        if any(child in children for child in children.get(node, [])):
             heappush(divisible, (-int(below[node]), len(tops), node))
 
     for root in np.flatnonzero(forest.is_root & (below > 0)):

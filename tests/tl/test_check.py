@@ -131,6 +131,10 @@ def test_sets_of_cells():
         top = forest.mrca(leaf[inside]).max()
         below = (leaf >= forest.start[top]) & (leaf <= top)
         assert (np.flatnonzero(below) == inside).all()
+    clones = to_forest({"a": "((c0,c1,c2,c3)x,(c4,c5)y,c6)r;", "b": "(c7,c8,c9)z;"})
+    stay = clades(clones, clones.nodes_of(names[:10]), 10)  # more than can be had: no clone is divided
+    assert [len(set(stay[i])) for i in ([0, 1, 2, 3], [4, 5], [6], [7, 8, 9])] == [1, 1, 1, 1]
+    assert len(np.unique(stay)) == 4
     specimen = np.repeat([0, 1], [40, 10])
     found = regions(rng.random((50, 2)), specimen, 5)
     assert len(np.unique(found)) == 5
