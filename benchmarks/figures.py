@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from PIL import Image
 from ranks import band, cuts
 
 from cellfate.pl._style import COLORS, GROUP_COLORS, INK, STYLE, WIDTH
@@ -30,6 +31,7 @@ LINES = [
     (COLORS["spatial"], "-"), (COLORS["lineage"], (0, (4, 1.5))), (GROUP_COLORS[0], (0, (1, 1))), (INK, (0, (4, 1, 1, 1))),
     (COLORS["shared"], (0, (6, 1))), (COLORS["fixed"], "-"), (GROUP_COLORS[1], (0, (2, 2))), (GREY, "-"),
 ]  # fmt: skip
+ENDS = ("_lower", "_upper")
 MARKERS = "osD^vP"
 
 
@@ -46,9 +48,14 @@ def interval(successes: Any, n: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(figure: Any, path: Path) -> Path:
+    """Written as its name says; a PNG with as few colors as it needs, a third of the size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
+    if path.suffix == ".png":
+        with Image.open(path) as whole:
+            few = whole.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        few.save(path, optimize=True, dpi=(DPI, DPI))
     return path
 
 
@@ -90,10 +97,11 @@ def coverage(rows: pd.DataFrame, path: Path) -> Path:
     each = len(inheritances) * len(shares)
     lines = len(families) * (0.11 * each + 0.12)
     with plt.rc_context(STYLE):
+        width = max(WIDTH, 0.9 + 2.3 * len(panels))
+        height = lines + 1.35 + 0.2 * (len(inheritances) > 1)
         figure, axes = plt.subplots(
-            1, len(panels), figsize=(WIDTH * max(1, len(panels) / 1.5), lines + 1.35 + 0.2 * (len(inheritances) > 1)),
-            sharey=True, squeeze=False, layout="constrained",
-        )  # fmt: skip
+            1, len(panels), figsize=(width, height), sharey=True, squeeze=False, layout="constrained"
+        )
         for ax, (setting, of) in zip(axes[0], panels, strict=True):
             ax.axvspan(0.92, 0.98, color=PALE, lw=0, zorder=0)
             ax.axvline(0.95, color=GREY, lw=0.8, zorder=1)
@@ -112,7 +120,7 @@ def coverage(rows: pd.DataFrame, path: Path) -> Path:
             ax.set_title(
                 f"{name_of(named['truth'])}, {named['n']} cells,\n{named['method']}, {sets} sets each", loc="left"
             )
-            ax.set_xlabel("95% intervals that hold the true share")
+        figure.supxlabel("95% intervals that hold the true share", fontsize=8)
         axes[0, 0].set_yticks(range(len(families)), [name_of(f) for f in families])
         legend = [
             ax.plot([], [], color=COLORS[q.removeprefix("share_")], lw=1, marker="o", ms=3.5, label=name_of(q))[0]
@@ -125,7 +133,7 @@ def coverage(rows: pd.DataFrame, path: Path) -> Path:
                 )[0]
                 for i, h in enumerate(inheritances)
             ]
-        above(figure, legend, 2 if len(panels) == 1 else 5)
+        above(figure, legend, 2 if len(panels) == 1 else 3)
         return save(figure, path)
 
 
@@ -176,7 +184,7 @@ def rank_differences(sets: pd.DataFrame, quantities: Sequence[str], path: Path) 
 
 
 def rejections(rows: pd.DataFrame, path: Path) -> Path:
-    """Above, what is called where nothing is; below, what is called where something is. A column per family."""
+    """Above, what is called where nothing is; below, by how much is there. A column per family, a color per tested component."""
     rows = rows.rename(columns={"below_0.05": "below_05"})
     families, methods = unique(rows["family"]), unique(rows["method"])
     if "score" in methods:  # the default first, whatever the order of the rows
@@ -204,7 +212,7 @@ def rejections(rows: pd.DataFrame, path: Path) -> Path:
             ax.xaxis.set_major_formatter(percents)
             cells = unique(rows.loc[rows["family"] == family, "n"])
             ax.set_title(f"{name_of(family)}, {', '.join(map(str, cells))} cells", loc="left")
-            ax.set_xlabel("called, variance 0")
+            ax.set_xlabel("called if absent")
             if len(heights) == 1:
                 continue
             ax, of = axes[1, column], rows[rows["family"] == family]
@@ -216,7 +224,7 @@ def rejections(rows: pd.DataFrame, path: Path) -> Path:
                     x, rate = own["variance"].to_numpy(), own["below_05"].to_numpy()
                     lower, upper = interval(rate * own["sets"], own["sets"])
                     color = COLORS.get(component, INK)
-                    shift = 0.02 * (2 * k + tested.index(component) - 1)  # so that intervals do not hide each other
+                    shift = 0.012 * (2 * k + tested.index(component) - 1)  # so that intervals do not hide each other
                     ax.vlines(x + shift, lower, upper, color=color, lw=0.7)
                     ax.plot(
                         x + shift, rate, color=color, lw=1, ls=LINES[k][1], marker=MARKERS[k], ms=3.5, mec=color, mew=0.8,
@@ -229,13 +237,13 @@ def rejections(rows: pd.DataFrame, path: Path) -> Path:
         if len(heights) > 1:
             axes[1, 0].set_ylabel("called at p < 0.05")
         legend = [
-            axes[0, 0].plot([], [], color=COLORS.get(component, INK), lw=2, label=f"{name_of(component)} tested")[0]
+            axes[0, 0].plot([], [], color=COLORS.get(component, INK), lw=2, label=name_of(component))[0]
             for component in tested
         ]
         for k, method in enumerate(methods):
             look = {"marker": MARKERS[k], "ms": 3.5, "mfc": "white" if k else INK, "mew": 0.8, "ls": LINES[k][1]}
             legend += axes[0, 0].plot([], [], color=INK, lw=1, label=name_of(method), **look)
-        above(figure, legend, 2 if len(families) <= 2 else 5)
+        above(figure, legend, 3 if len(families) <= 2 else 5)
         return save(figure, path)
 
 
@@ -244,7 +252,9 @@ def rejections(rows: pd.DataFrame, path: Path) -> Path:
 
 def side_by_side(rows: pd.DataFrame, quantities: Sequence[str], path: Path) -> Path:
     """Estimates of one problem by everyone: posteriors with their intervals above, maxima of a likelihood below."""
-    rows = rows.assign(what=rows["what"].str.replace(" (stored)", "", regex=False))
+    short = rows["what"].str.replace(r" \(stored\)$", "", regex=True).str.replace(r" [0-9.]+$", "", regex=True)
+    rows = rows.assign(what=short)
+    rows = rows.assign(**{f"{q}{end}": np.nan for q in quantities for end in ENDS if f"{q}{end}" not in rows})
     families = unique(rows["family"])
     told = {family: rows[(rows["family"] == family) & (rows["what"] != "truth")] for family in families}
     heights = [len(of) + 1 for of in told.values()]
@@ -271,7 +281,8 @@ def side_by_side(rows: pd.DataFrame, quantities: Sequence[str], path: Path) -> P
                 for x in truth[quantity]:
                     ax.axvline(x, color=GREY, lw=2, alpha=0.5, zorder=0)
                 ax.set(ylim=(len(of) - 0.4, -0.6), yticks=[])
-                ax.set_xlim(left=0)
+                ax.set_xlim(0, 1 if quantity.startswith("share") else None)
+                ax.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.5))
                 if line == len(families) - 1:
                     ax.set_xlabel(name_of(quantity))
             axes[line, 0].set_yticks(range(len(of)), of["what"], fontsize=7)
