@@ -211,7 +211,7 @@ def rejections(rows: pd.DataFrame, path: Path) -> Path:
             ax.set(xlim=(0, 1.05 * most), ylim=(len(methods) - 0.5, -0.5))
             ax.xaxis.set_major_formatter(percents)
             cells = unique(rows.loc[rows["family"] == family, "n"])
-            ax.set_title(f"{name_of(family)}, {', '.join(map(str, cells))} cells", loc="left")
+            ax.set_title(f"{name_of(family)},\n{', '.join(map(str, cells))} cells", loc="left")
             ax.set_xlabel("called if absent")
             if len(heights) == 1:
                 continue
@@ -268,7 +268,7 @@ def side_by_side(rows: pd.DataFrame, quantities: Sequence[str], path: Path) -> P
             mcmc = of[of["what"].str.startswith("MCMC")]
             for ax, quantity in zip(axes[line], quantities, strict=True):
                 for y, (_, row) in enumerate(of.iterrows()):
-                    what, posterior = str(row["what"]), np.isfinite(row[f"{quantity}_lower"])
+                    what, posterior = str(row["what"]), np.isfinite(row.get(f"{quantity}_+-", np.nan))
                     color = (
                         INK
                         if what.startswith("MCMC")
