@@ -18,7 +18,7 @@ together; of a gaussian response the residual is in the sum, too. The Monte-Carl
 p = (x+2)/(N+4) (Agresti and
 Coull 1998). Seeds belong to the sets, so that the result does not depend on the number of workers.
 
-Beside FILE.csv, FILE_sets.csv holds a row per set, written as sets finish. With `--resume` a run that was stopped goes on from there: sets
+Beside FILE.csv, FILE_sets.csv holds a row per set, begun anew by a run and written as sets finish. With `--resume` a run that was stopped goes on from there: sets
 that the file has with the same settings are not fitted again, and the table is of all that it holds. `--figure` draws the coverage
 of shares, and beside it, as NAME_ranks, the distribution of ranks where truths are from the prior.
 """
@@ -240,12 +240,21 @@ def finished(path: Path) -> set[tuple[Any, ...]]:
     """The sets that a table has; a row that was being written when the run was stopped is taken out."""
     text = path.read_text()
     path.write_text(text[: text.rfind("\n") + 1])
+    if not path.stat().st_size:
+        path.unlink()
+        return set()
     return set(read_sets([path])[list(KEYS)].itertuples(index=False, name=None))
 
 
 def read_sets(paths: Sequence[Path]) -> pd.DataFrame:
     """Rows of sets of one or several runs, each set once."""
-    return pd.concat([pd.read_csv(path) for path in paths], ignore_index=True).drop_duplicates(list(KEYS))
+    tables = {path: pd.read_csv(path) for path in paths}
+    for path, of in tables.items():
+        if missing := [key for key in KEYS if key not in of]:
+            raise SystemExit(
+                f"{path} has no columns {', '.join(missing)}: name a file of sets, FILE_sets.csv, of this version."
+            )
+    return pd.concat(tables.values(), ignore_index=True).drop_duplicates(list(KEYS))
 
 
 def report(sets: pd.DataFrame, out: Path | None, figure: Path | None) -> None:

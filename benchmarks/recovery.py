@@ -29,7 +29,6 @@ import argparse
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from machine import set_threads, table, warm_up, write
-from methods import METHODS, measure, parse
+from methods import METHODS, clock, measure, parse, took
 from problems import Problem
 
 import cellfate as cf
@@ -58,6 +57,7 @@ MORE = {
 }  # arguments of the fit that a family needs
 OURS = ("variational", "laplace", "ep")  # of `cf.tl.decompose`; any other name is one of `methods.py`
 PROBLEM = {"bernoulli": "both", "gaussian": "both_gaussian"}  # what peers can be asked, by family
+SPENT = ("seconds", "cpu_seconds")
 FINAL = ("absent", "cannot", "stopped")  # how a status begins that the next set would only repeat
 
 
@@ -86,10 +86,10 @@ def likelihood(family: str) -> str:
 
 def ours(adata: Any, family: str, method: str, k: int) -> dict[str, Any]:
     """A fit as a user would make it."""
-    began = time.perf_counter()
+    began = clock()
     of = {"family": likelihood(family), "method": method, **MORE.get(family, {})}
     cf.tl.decompose(adata, "fate", lengthscale=LENGTHSCALE, rng=k, **of)
-    found: dict[str, Any] = {"seconds": time.perf_counter() - began}
+    found: dict[str, Any] = took(began)
     draws, mode = cf.get.draws(adata), adata.uns["cellfate"]["mode"]
     for name, value in truth_of(family).items():
         low, middle, high = np.quantile(draws[f"variance_{name}"], [0.025, 0.5, 0.975])
@@ -100,7 +100,7 @@ def ours(adata: Any, family: str, method: str, k: int) -> dict[str, Any]:
 def peer(problem: Path, family: str, method: str, threads: int, limit: float) -> dict[str, Any]:
     """A method of `methods.py` on the same cells; the maximum of its likelihood counts as a mode."""
     answer = measure(method, problem, threads, limit)
-    found = {"seconds": answer.get("seconds", np.nan), "status": answer["status"]}
+    found = {key: answer.get(key, np.nan) for key in SPENT} | {"status": answer["status"]}
     estimates = answer.get("estimates", {})
     return found | {
         name: {"mode": estimates[f"variance_{name}"]["estimate"]}
@@ -142,7 +142,7 @@ def summarize(found: Mapping[str, Mapping[int, dict[str, Any]]], family: str, n:
             if sets is not first:
                 row |= {"beside_first": mean(apart) / true, "beside_first_error": error(apart) / true}
             row["coverage"] = mean(np.array([value.get("inside", np.nan) for value in of.values()], dtype=float))
-            row["seconds"] = mean(np.array([answer["seconds"] for answer in sets.values() if name in answer]))
+            row |= {key: mean(np.array([answer[key] for answer in sets.values() if name in answer])) for key in SPENT}
             told = Counter(answer["status"] for answer in sets.values())
             row["status"] = "; ".join(what if len(told) == 1 else f"{m} {what}" for what, m in told.most_common())
             rows.append(row)
