@@ -4,7 +4,7 @@
     python benchmarks/recovery.py --family poisson_olre --sets 50 --n 500
     python benchmarks/recovery.py --family categorical_per_fate --sets 50 --n 500
     python benchmarks/recovery.py --family bernoulli --sets 50 --n 1000 --methods variational laplace
-    python benchmarks/recovery.py --family bernoulli --sets 25 --n 1000 --peer-sets 5 --out results --methods variational laplace \
+    python benchmarks/recovery.py --family bernoulli --sets 25 --n 1000 --peer-sets 2 --limit 7200 --methods variational laplace \
         cellfate:estimate=maximum,method=laplace,lengthscale=given glmmTMB lme4 glimix-core
 
 `poisson_olre`: counts whose cells differ by an effect of their own, too. `categorical_per_fate`: three fates, whose variances differ
@@ -39,6 +39,7 @@ import numpy as np
 from machine import set_threads, table, warm_up, write
 from methods import METHODS, clock, measure, parse, took
 from problems import Problem
+from run import peers
 
 import cellfate as cf
 from cellfate.io.anndata import read_cells
@@ -175,22 +176,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the rows as CSV, written anew after every set")
     options = parser.parse_args(arguments)
     family = options.family
-    peers = [method for method in options.methods if method not in OURS]
-    for method in peers:
+    others = [method for method in options.methods if method not in OURS]
+    for method in others:
         name, of = parse(method)  # a misspelt one is to be known now, not hours later
         if name == "cellfate" and of.get("estimate") != "maximum":
             parser.error(
                 f"{method!r} is a posterior: name its rule, one of {', '.join(OURS)}, or add estimate=maximum."
             )
-    if peers and family not in PROBLEM:
-        parser.error(f"{', '.join(peers)} can be asked about {' and '.join(PROBLEM)} fates, not about {family}.")
+    if others and family not in PROBLEM:
+        parser.error(f"{', '.join(others)} can be asked about {' and '.join(PROBLEM)} fates, not about {family}.")
     set_threads(options.threads)
 
     warnings.simplefilter("ignore", cf.CellfateWarning)
     logging.getLogger("cellfate").setLevel(logging.ERROR)
     warm_up()
     found: dict[str, dict[int, dict[str, Any]]] = {method: {} for method in options.methods}
-    asked = set(peers)
+    asked, versions = set(others), peers() if others else {}
     rows: list[dict[str, Any]] = []
     for k in range(options.sets):
         adata = simulated(family, options.n, [options.seed, k, options.n])
@@ -208,10 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     said = f"{found[method][k]['seconds']:.1f} s, {found[method][k]['status']}"
                     print(f"set {k + 1}, {method}: {said}", file=sys.stderr, flush=True)
         rows = summarize(found, family, options.n)
+        rows = [row | {"version": versions.get(row["method"])} for row in rows] if others else rows
         if options.out is not None:
             write(f"recovery_{family}.csv", rows, options.out)
         print(f"{k + 1} of {options.sets}", end="\r", file=sys.stderr)
     print(table([row | {"status": row["status"][:60]} for row in rows], 3))
+    if versions:
+        print(", ".join(f"{name} {version}" for name, version in versions.items()))
     if options.out is not None:
         print(f"written: {options.out / f'recovery_{family}.csv'}")
     return 0
