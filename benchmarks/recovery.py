@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     said = f"{found[method][k]['seconds']:.1f} s, {found[method][k]['status']}"
                     print(f"set {k + 1}, {method}: {said}", file=sys.stderr, flush=True)
         rows = summarize(found, family, options.n)
-        rows = [row | {"version": versions.get(row["method"])} for row in rows] if others else rows
+        rows = [row | {"version": versions.get(row["method"], "")} for row in rows] if others else rows
         if options.out is not None:
             write(f"recovery_{family}.csv", rows, options.out)
         print(f"{k + 1} of {options.sets}", end="\r", file=sys.stderr)
