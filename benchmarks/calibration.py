@@ -5,21 +5,23 @@
         --inheritances 0 0.5 0.9 --workers 2 --out calibration.csv --figure calibration.png
     python benchmarks/calibration.py --from bernoulli_sets.csv poisson_sets.csv --out joint.csv --figure joint.png   # runs nothing
 
-Of every set the truth is drawn anew. `--truth range` (the default): both standard deviations uniform on 0.3 to 1.8, the
-length-scale log-uniform on 0.25 to 1 (positions have unit variance), intercept 0, positions half inherited unless said otherwise;
-fitted with the package's default priors. Truths are then not draws from the prior, half-normal(2), so that the coverage expected of a perfect
-posterior is near 95%, not equal to it. `--truth prior`: everything is drawn from the very priors of the fit, where a perfect
-posterior covers exactly 95%, whatever the data; what is missing is then the approximation's. Sets without two cells of each fate are
-drawn again, truth included, which leaves that so. Simulated categorical sets have no intercepts, and get a prior that says so. The rank of the truth among the draws is then uniform, too (`ranks.py`): `rank_p` is a
-p of that, `rank_mean` is 0.5 and `rank_spread` 1 if it is. With truths from a range ranks mean nothing and are left out.
+Of every set the truth is drawn anew. `--truth range` (the default): both standard deviations uniform on 0.3 to 1.8, the length-scale
+log-uniform on 0.25 to 1 (positions have unit variance), intercept 0, positions half inherited unless said otherwise; fitted with the
+package's default priors. Truths are then not draws from the prior, half-normal(2), so that the coverage expected of a perfect
+posterior is near 95%, not equal to it. `--truth prior`: everything is drawn from the very priors of the fit, where a perfect posterior
+covers exactly 95%, whatever the data; what is missing is then the approximation's. Sets without two cells of each fate are drawn
+again, truth included, which leaves that so. Simulated categorical sets have no intercepts, and get a prior that says so. The rank of
+the truth among the draws is then uniform, too (`ranks.py`): `rank_p` is a p of that, `rank_mean` is 0.5 and `rank_spread` 1 if it is.
+With truths from a range ranks mean nothing and are left out.
 
-The shares are variance_lineage / (variance_lineage + variance_spatial) and its complement, on the latent scale, so that they are covered
-together; of a gaussian response the residual is in the sum, too. The Monte-Carlo error of a coverage x/N is sqrt(p(1-p)/(N+4)),
-p = (x+2)/(N+4) (Agresti and Coull 1998). Seeds belong to the sets, so that the result does not depend on the number of workers.
+The shares are variance_lineage / (variance_lineage + variance_spatial) and its complement, on the latent scale, so that they are
+covered together; of a gaussian response the residual is in the sum, too. The Monte-Carlo error of a coverage x/N is
+sqrt(p(1-p)/(N+4)), p = (x+2)/(N+4) (Agresti and Coull 1998). Seeds belong to the sets, so that the result does not depend on the
+number of workers.
 
 Beside FILE.csv, FILE_sets.csv holds a row per set, begun anew by a run and written as sets finish. With `--resume` a run that was
-stopped goes on from there: sets that the file has with the same settings are not fitted again, and the table is of all that it
-holds. `--figure` draws the coverage of shares, and beside it, as NAME_ranks, the distribution of ranks where truths are from the prior.
+stopped goes on from there: sets that the file has with the same settings are not fitted again, and the table is of all that it holds.
+`--figure` draws the coverage of shares, and beside it, as NAME_ranks, the distribution of ranks where truths are from the prior.
 """
 
 from __future__ import annotations
