@@ -1,6 +1,7 @@
 """Accuracy on a stored problem of 300 cells with both effects: truth, long MCMC, this package, and its peers.
 
-    CELLFATE_REFERENCE=.../reference python benchmarks/accuracy.py
+    CELLFATE_REFERENCE=.../reference python benchmarks/accuracy.py --figure accuracy.png
+    python benchmarks/accuracy.py --from results/accuracy.csv --figure accuracy.png   # runs nothing
 
 MCMC and the three methods share one model: sd ~ half-normal(2), beta ~ N(0, 5^2), length-scale held at the truth, so their
 posterior means and sds are to agree. Peers give a maximum of a likelihood instead, which has to be compared with ours of the same
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from figures import side_by_side
 from machine import machine, set_threads, table, warm_up, write
 
 import cellfate as cf
@@ -91,32 +93,39 @@ def point(lineage: float, spatial: float) -> dict[str, float]:
 
 
 def posterior(draws: pd.DataFrame) -> dict[str, float]:
-    """Columns of a row that has posterior draws: mean and sd of each sd and of the share of ancestry."""
+    """Columns of a row that has posterior draws: mean, sd and 95% interval of each sd and of the share of ancestry."""
     lineage, spatial = draws["variance_lineage"], draws["variance_spatial"]
     columns = (lineage**0.5, spatial**0.5, lineage / (lineage + spatial))
-    return with_spread((x.mean(), x.std()) for x in columns)
+    return with_spread((x.mean(), x.std(), *np.quantile(x, [0.025, 0.975])) for x in columns)
 
 
-def with_spread(pairs: Iterable[tuple[float, float]]) -> dict[str, float]:
-    """Columns of mean and sd, side by side."""
+def with_spread(found: Iterable[tuple[float, ...]]) -> dict[str, float]:
+    """Columns of mean, sd and bounds, side by side."""
     return {
         f"{name}{of}": x
-        for name, pair in zip(QUANTITIES, pairs, strict=True)
-        for of, x in zip(("", "_+-"), pair, strict=True)
+        for name, numbers in zip(QUANTITIES, found, strict=True)
+        for of, x in zip(("", "_+-", "_lower", "_upper"), numbers, strict=True)
     }
 
 
 def stored(folder: Path, family: str) -> Iterator[Mapping[str, object]]:
     """Rows of truth and MCMC."""
     truth = point(TRUTH["lineage"], TRUTH["spatial"])
-    yield {"family": family, "what": "truth", **with_spread((truth[name], np.nan) for name in QUANTITIES)}
+    yield {"family": family, "what": "truth", **with_spread((truth[name], *3 * [np.nan]) for name in QUANTITIES)}
     mcmc = read_json(folder / f"mcmc_{family}_n300.json")
     share = mcmc["lineage_share"]
+    # the file's own "2.5%" are ends of the shortest interval; quantiles of variances are those of sds, squared
+    ends = {
+        sd: [mcmc[v]["q"][q] ** 0.5 for q in ("2.5", "97.5")] for sd, v in (("sd_lin", "v_lin"), ("sd_spa", "v_spa"))
+    }
     yield {
         "family": family,
         "what": f"MCMC, {mcmc['meta']['chains']} x {mcmc['meta']['keep']} draws (stored)",
         **with_spread(
-            [*((mcmc[sd]["mean"], mcmc[sd]["std"]) for sd in ("sd_lin", "sd_spa")), (share["mean"], share["sd"])]
+            [
+                *((mcmc[sd]["mean"], mcmc[sd]["std"], *of) for sd, of in ends.items()),
+                (share["mean"], share["sd"], share["q"][0], share["q"][-1]),
+            ]
         ),
     }
 
@@ -180,7 +189,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="folder of the stored problem and numbers")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--figure", type=Path, help="estimates and intervals side by side")
+    parser.add_argument("--from", dest="table", type=Path, help="draw this table of an earlier run, run nothing")
     options = parser.parse_args()
+    if options.table:
+        if options.figure is None:
+            parser.error("--from draws: name the file with --figure.")
+        print(f"figure: {side_by_side(pd.read_csv(options.table), QUANTITIES, options.figure)}")
+        return
     folder = reference_folder(options.reference)
     threads = set_threads(options.threads)
     cf.verbosity("warning")
@@ -192,12 +208,14 @@ def main() -> None:
         rows += [*stored(folder, family), *ours(adata, family, threads), *peers(folder, family)]
     proof = list(evidence(folder, adata))
     print("n = 300, tree and space, length-scale held; posterior mean +- sd, or a maximum of the likelihood\n")
-    print(table(rows), end="\n\n")
+    print(table([{k: x for k, x in row.items() if not k.endswith(("_lower", "_upper"))} for row in rows]), end="\n\n")
     print(attenuation(rows), end="\n\n")
     print("bernoulli, log evidence at given variances (fixed effects integrated out)\n")
     print(table(proof), end="\n\n")
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
     print(f"written: {write('accuracy.csv', rows)}, {write('accuracy_evidence.csv', proof)}")
+    if options.figure is not None:
+        print(f"figure: {side_by_side(pd.DataFrame(rows), QUANTITIES, options.figure)}")
 
 
 if __name__ == "__main__":

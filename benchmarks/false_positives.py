@@ -1,6 +1,7 @@
 """Are components that are not there called there, and those that are there seen? Tests over simulated fates.
 
     python benchmarks/false_positives.py --sets 500 --n 200 --families gaussian bernoulli --figure false_positives.png
+    python benchmarks/false_positives.py --from results/false_positives.csv --figure false_positives.png   # runs nothing
 
 Every set has a tree, positions half inherited and fields of its own. The tested component has variance 0 (false positives), or more
 (power); the other has variance 1, its length-scale is estimated. Methods are those of `cf.tl.test_components` that cost one null fit: the
@@ -20,6 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from figures import rejections
 from machine import set_threads, table, write
 
 OTHER = {"lineage": "spatial", "spatial": "lineage"}
@@ -93,7 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="folder for the rows as CSV")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--from", dest="tables", nargs="+", type=Path, help="draw these tables, run nothing")
     options = parser.parse_args(arguments)
+    if options.tables:
+        if options.figure is None:
+            parser.error("--from draws: name the file with --figure.")
+        found = pd.concat([pd.read_csv(path) for path in options.tables], ignore_index=True)
+        print(f"figure: {rejections(found, options.figure)}")
+        return 0
     rows = []
     with get_context("spawn").Pool(options.workers) as pool:
         for family in options.families:
@@ -128,40 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         print(write("false_positives.csv", rows, options.out))
     if options.figure is not None:
-        draw(rows, options.figure)
+        print(f"figure: {rejections(pd.DataFrame(rows), options.figure)}")
     return 0
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Share of sets that are called, by the variance of what is tested."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7}
-    families = list(dict.fromkeys(row["family"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(families), figsize=(2.6 * len(families), 2.4), sharey=True, layout="constrained", squeeze=False
-    )
-    for ax, family in zip(axes[0], families, strict=True):
-        for tested, color in (("lineage", "#D55E00"), ("spatial", "#0072B2")):
-            own = [
-                row
-                for row in rows
-                if (row["family"], row["tested"], row["method"]) == (family, tested, rows[0]["method"])
-            ]
-            x, y, error = (np.array([row[c] for row in own]) for c in ("variance", "below_0.05", "error"))
-            ax.errorbar(
-                x, y, 2 * error, color=color, marker="o", markersize=3, linewidth=1, label=f"{tested}, given the other"
-            )
-        ax.axhline(0.05, color="#8C8C8C", linewidth=0.6)
-        ax.set(title=f"{family}, {rows[0]['n']} cells", ylim=(0, 1.02))
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("share of sets with p < 0.05")
-    axes[0, 0].legend(frameon=False, loc="lower right")
-    figure.supxlabel("variance of the tested component", fontsize=8)
-    figure.savefig(path, dpi=200)
 
 
 if __name__ == "__main__":
