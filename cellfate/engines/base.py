@@ -74,6 +74,10 @@ class Posterior(ABC):
         """K x for columns x (..., n, k)."""
 
     @abstractmethod
+    def component_times(self, term: Term, x: Tensor) -> Tensor:
+        """The same of one component, variance included."""
+
+    @abstractmethod
     def surrogate(self, terms: Sequence[Term], pair: Tensor | None = None, omega: Tensor | None = None) -> Tensor:
         """A scalar (...,) whose derivative in the hyperparameters behind `terms` is
 

@@ -31,7 +31,7 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     scale
         ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
         ``"realized"``: of the variance in these very cells what is each component's own, with what two of them explain alike, and
-        no data can divide, as the row `shared`: twice the covariance of their expected effects, as in commonality analysis.
+        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field.
         ``"observation"``: first-order shares of the variance of the fate itself, with the `interaction` that a link makes.
         ``"additive"``: the same as far as a line follows the link, the additive variance of quantitative genetics; the rest of
         the mean is `nonlinear`. Not for gaussian fates, whose latent scale it is, nor for ordinal and categorical ones.
