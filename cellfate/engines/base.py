@@ -44,6 +44,7 @@ class Posterior(ABC):
     With K the prior covariance and T the diagonal of site precisions: Sigma = (K^-1 + T)^-1, R = (K + T^-1)^-1.
     """
 
+    prior: Any  # what the engine prepared of the components
     sites: Sites
     mean: Tensor  # (..., n)
     variance: Tensor  # (..., n), the diagonal of Sigma

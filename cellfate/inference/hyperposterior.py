@@ -382,7 +382,7 @@ def _keep(
     fields = posterior.sample(terms, count, generators)
     spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
     beta, factor = _beta(model, here)
-    parts = _of_known_field(engine, terms, fields)
+    parts = _of_known_field(engine, terms, fields, posterior.prior)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
         parts[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
 
@@ -408,7 +408,9 @@ def _keep(
     )
 
 
-def _of_known_field(engine: Engine, terms: list[Term], fields: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_known_field(
+    engine: Engine, terms: list[Term], fields: dict[str, Tensor], prior: object | None = None
+) -> dict[str, Tensor]:
     """What each component is expected to hold of draws (points, n, count) of the whole field, if the field were known.
 
     K_k K^-1 u. Draws of the components themselves would never show what two of them explain alike: where one has more of it in a
@@ -417,7 +419,7 @@ def _of_known_field(engine: Engine, terms: list[Term], fields: dict[str, Tensor]
     whole = torch.as_tensor(sum(fields.values()))
     tiny = torch.finfo(whole.dtype).eps ** 0.5 * whole.var(-2).mean(-1, keepdim=True)
     precision = (1 / tiny.clamp(min=torch.finfo(whole.dtype).tiny ** 0.5)).expand(whole.shape[:-1])
-    known = engine.condition(terms, Sites(precision, torch.zeros_like(precision)))
+    known = engine.condition(terms, Sites(precision, torch.zeros_like(precision)), prior)
     weights = known.residual(whole)
     return {term.name: known.component_times(term, weights) for term in terms}
 
