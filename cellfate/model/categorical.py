@@ -19,12 +19,14 @@ import torch
 from scipy.stats import norm, qmc
 from torch import Tensor
 
+from cellfate.model.cumulative import cumulative
 from cellfate.model.families import Expectation, Family, Outcome, Remainder, quadrature
 
 # posterior variance up to which so many nodes an axis are enough, of a product of Gauss-Hermite rules for so many contrasts
 NODES = ((0.5, {1: 28, 2: 10, 3: 7}), (3.0, {1: 40, 2: 14, 3: 9}), (math.inf, {1: 200, 2: 24, 3: 12}))
 POINTS = 256  # with more contrasts, quasi-random points, and as many mirrored
 PROBES = 32  # of a trace over the couplings among contrasts of different cells
+WHOLE = 1e-4  # of a whole number, what contrasts in single precision lose
 NUMBERS = 2**18  # made at once: what is known at the nodes stays in the cache
 
 
@@ -97,6 +99,12 @@ def stacked(x: Tensor) -> Tensor:  # (..., n, J) -> (..., J n)
     return x.mT.flatten(-2)
 
 
+def _weights(y: Tensor, t: Tensor, h: Tensor) -> Tensor:
+    """From contrasts (n, J) and totals (n,) back to what was observed of each fate (n, K); whole numbers come back whole."""
+    found = y @ h.mT + t[:, None] / len(h)
+    return torch.where((found - found.round()).abs() < WHOLE, found.round(), found)
+
+
 class Categorical(Family):
     """One of K fates, counts of them (multinomial), or their probabilities (soft labels).
 
@@ -165,6 +173,30 @@ class Categorical(Family):
         axes = slope.shape[-1]
         e = Expectation(self._shared_out(value, axes), stacked(slope), stacked(precision))
         return e, Coupled(self._shared_out(rest, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
+
+    @classmethod
+    def weights(cls, outcome: Outcome) -> Tensor:
+        """One-hot fates, counts or probabilities (n, K): what :meth:`outcome` was made of."""
+        return _weights(*cls._data(outcome, outcome.y))
+
+    def predictive(self, outcome: Outcome, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What cells are expected to become whose latent values are N(mean, variance).
+
+        Log-probability (n,) of what was observed; the probability (n, K) of each fate, in one trial; and of how often it was observed
+        P(Y < y) and P(Y <= y) (n, K), each fate against the rest. With one trial these are exact, as the probabilities are.
+        """
+
+        def reduce(at: Nodes) -> tuple[Tensor, ...]:
+            seen, t = _weights(at.y, at.t, at.h), at.t
+            log_p = (seen[..., None] * torch.log(at.p.clamp(min=torch.finfo(at.p.dtype).tiny))).sum(1)
+            ways = torch.lgamma(t + 1) - torch.lgamma(seen + 1).sum(-1)  # none for a single trial
+            log_p = torch.logsumexp(torch.log(at.w) + log_p, -1) + ways
+            of_nodes = (x[..., None].cpu().numpy() for x in (seen, t[:, None]))
+            below, upto = cumulative("binomial", at.p.cpu().numpy(), *of_nodes, {})
+            return log_p, at.mean_p, *(torch.as_tensor(x).to(at.w) @ at.w for x in (below, upto))
+
+        log_p, p, below, upto = self._integrate_cells(reduce, outcome, mean, variance)
+        return log_p, p, below, upto
 
     @staticmethod
     def _data(outcome: Outcome, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
