@@ -165,6 +165,10 @@ class PairNodes(Nodes):
         return h @ self.factor @ self.z.mT
 
     @property
+    def factor_of_covariance(self) -> Tensor:
+        return self.factor
+
+    @property
     def slope(self) -> Tensor:
         return _slope(self.y, self.t, self.h, self.mean_p)
 
