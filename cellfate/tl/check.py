@@ -118,7 +118,8 @@ def check(
     theta, points = model.from_natural({name: x[chosen] for name, x in values.items()})
     cells = _with_places(adata, fit.cells)
     sets = _sets(cells, int(folds))
-    found = checks.check(model, focused(engine, theta), fit.glmm.rule, theta, points, sets, EACH, stream)
+    each = EACH * max(1, int(draws) // points)  # where all is held there is a single draw
+    found = checks.check(model, focused(engine, theta), fit.glmm.rule, theta, points, sets, each, stream)
     residuals = checks.quantile_residuals(found.predicted[checks.CELL], stream)
     tables = {
         _keys.CHECKS: checks_table(residuals, seen, found.replicates, _vicinities(cells), int(n_perm), stream),

@@ -73,7 +73,7 @@ def test_a_new_fit_without_the_cell():
         blocks = Blocks(weights[rest], 16)
         _, mean, own = blocks.settle(among)
         # sites of that fit, for the covariance of the cell with all others
-        _, slope, curved, _ = blocks.moments(mean, own)
+        curved = blocks.moments(mean, own)[2]
         precision = torch.zeros(2 * (n - 1), 2 * (n - 1), dtype=torch.float64)
         for a in range(2):
             for b in range(2):
