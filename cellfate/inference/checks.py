@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ def _again(point: _Point, each: int, rng: np.random.Generator) -> np.ndarray:
     eta = sum((field[0] for field in drawn.values()), start=model.shift(point.here.theta)[0][:, None])
     if model.family.kind == KIND:
         return fates_again(model, eta.cpu().numpy(), rng)
-    own = {name: value if value.ndim else float(value) for name, value in point.own.items()}
+    own: dict[str, Any] = {name: value if value.ndim else float(value) for name, value in point.own.items()}
     residual, outcome = own.pop(f"variance_{RESIDUAL}", None), model.data.outcome
     trials = None if outcome.trials is None else outcome.trials.cpu().numpy()
     return np.column_stack(

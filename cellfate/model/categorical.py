@@ -333,7 +333,7 @@ class Nodes:
         """
         factor, x = self.factor_of_covariance, torch.zeros_like(self.mean)
         seen, slopes = self.y @ self.h.mT + self.t[:, None] / len(self.h), self.h @ factor  # (c, K, J), of x ~ N(0, 1)
-        eye = torch.eye(x.shape[-1]).to(x)
+        precision = eye = torch.eye(x.shape[-1]).to(x)
         for _ in range(NEWTON):  # of a concave function, with steps held short where a curve is far from its parabola
             p = torch.softmax(self.mean @ self.h.mT + (slopes @ x[..., None])[..., 0], -1)
             curved = slopes.mT @ (torch.diag_embed(p) - p[..., None] * p[:, None]) @ slopes
