@@ -59,7 +59,8 @@ def predictive_fates(model: Model, mean: Tensor, variance: Tensor, cells: np.nda
 def copies_of(model: Model, cells: np.ndarray) -> Tensor:
     """Places of some cells in every copy of the cells."""
     n = model.data.n // model.data.copies
-    return torch.as_tensor(np.concatenate([cells + copy * n for copy in range(model.data.copies)]))
+    places = np.concatenate([cells + copy * n for copy in range(model.data.copies)])
+    return torch.as_tensor(places, device=model.data.offset.device)
 
 
 def fates_again(model: Model, eta: np.ndarray, rng: np.random.Generator) -> np.ndarray:

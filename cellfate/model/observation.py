@@ -152,13 +152,14 @@ def on_observation_scale(
 def _of_fates(
     model: Model, beta: Tensor, variances: Mapping[str, Tensor], trials: float
 ) -> dict[str, dict[str, Tensor]]:
-    levels, sets = model.data.outcome.levels, model.data.sets
+    """Of a fate out of several; the fixed part is that of some cells, where these are many."""
+    levels, design = model.data.outcome.levels, model.data.own_design.cpu()
     assert levels is not None
-    design = model.data.own_design.cpu()
-    different, count = torch.unique(
-        design[model.data.some(CELLS)[: min(CELLS, len(design))]], dim=0, return_counts=True
-    )
-    fixed = torch.einsum("sjp,np->snj", beta.reshape(len(beta), sets, -1), different)
+    some = design[model.data.some(CELLS)[: min(CELLS, len(design))]]
+    beside = torch.cat([some, some.new_ones(len(some), 1)], -1)  # a design without columns has rows, too
+    different, count = torch.unique(beside, dim=0, return_counts=True)
+    of_contrasts = beta.reshape(len(beta), model.data.sets, design.shape[1])
+    fixed = torch.einsum("sjp,np->snj", of_contrasts, different[:, :-1])
     fate_of = {c.name: k.fate for c in model.components if isinstance(k := c.kernel, Loaded) and k.fate is not None}
     found = observed_fates(levels, fixed, count.to(beta) / count.sum(), variances, fate_of, trials)
     return {

@@ -185,3 +185,17 @@ def test_shares_of_a_fit(family, options):
         assert table["variance"].sum() == pytest.approx(shown, rel=0.1)
         assert "fixed" in set(table["component"])
         assert (table.loc[table["component"].str.match("lineage|spatial"), "share"] > 0).all()
+
+
+@pytest.mark.parametrize("per_fate", [False, True])
+@pytest.mark.filterwarnings("ignore::cellfate.CellfateWarning")
+def test_fates_without_an_intercept(per_fate):
+    """All fates are alike: without a variance to speak of each has a third."""
+    clone = {"clone": cf.kernels.Intercepts(np.arange(60) % 12)}
+    names = [f"sd_clone[{k}]" for k in range(3)] if per_fate else ["sd_clone"]
+    priors = dict.fromkeys(names, ("fixed", 0.001))
+    fit = cf.GLMM("categorical", clone, priors=priors, per_fate=per_fate).fit(np.arange(60) % 3, rng=0)
+    table = fit.components
+    found = [v for scale, v in zip(table["scale"], table["variance"], strict=True) if scale == OBSERVATION]
+    assert sum(found) == pytest.approx(2 / 3, rel=1e-5)
+    assert max(found) == pytest.approx(2 / 3, rel=1e-5)
