@@ -26,7 +26,7 @@ from cellfate.model.families import Expectation, Family, Outcome, Remainder, qua
 NODES = ((0.5, {1: 28, 2: 10, 3: 7}), (3.0, {1: 40, 2: 14, 3: 9}), (math.inf, {1: 200, 2: 24, 3: 12}))
 POINTS = 256  # with more contrasts, quasi-random points, and as many mirrored
 PROBES = 32  # of a trace over the couplings among contrasts of different cells
-WHOLE = 1e-4  # of a whole number, what contrasts in single precision lose
+ROUNDING = 1e-4  # of a whole number, what contrasts in single precision may lose
 NEWTON = 30  # steps to the mode of a cell alone
 NUMBERS = 2**18  # made at once: what is known at the nodes stays in the cache
 
@@ -103,7 +103,7 @@ def stacked(x: Tensor) -> Tensor:  # (..., n, J) -> (..., J n)
 def _weights(y: Tensor, t: Tensor, h: Tensor) -> Tensor:
     """From contrasts (n, J) and totals (n,) back to what was observed of each fate (n, K); whole numbers come back whole."""
     found = y @ h.mT + t[:, None] / len(h)
-    return torch.where((found - found.round()).abs() < WHOLE, found.round(), found)
+    return torch.where((found - found.round()).abs() < ROUNDING, found.round(), found)
 
 
 class Categorical(Family):

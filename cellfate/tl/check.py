@@ -63,9 +63,10 @@ def check(
     where the model is right, whatever the family. Fates without an order (categorical) have one for each fate against the rest; those of a
     cell depend on each other, and so do their rows. Moran's I of them, over the six nearest cells and over the closest relatives, is held
     against random orders of the cells: what is left of a pattern there, the model has missed. A fit without neighborhood is checked for one
-    too, where there are coordinates in `adata.obsm["spatial"]`. Posterior predictive checks compare the
-    fates with fates drawn again from the fit. Whole clades and whole regions are predicted from the rest of the cells, which is harder
-    than a single cell among its kin, and what a fate of a new clone or a new section would be like.
+    too, where there are coordinates in `adata.obsm["spatial"]`. Posterior predictive checks compare the fates with fates drawn again from
+    the fit: their mean and spread, or how many cells have each of several fates, and Moran's I. Whole clades and whole regions are predicted
+    from the rest of the cells, which is harder than a single cell among its kin, and what a fate of a new clone or a new section would be
+    like.
 
     Nothing is fitted again. Without a cell, or a set, the posterior is taken to be the one without its sites, at the hyperparameters of
     the fit.

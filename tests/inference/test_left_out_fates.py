@@ -1,4 +1,4 @@
-"""Fates of cells that are left out: by linear algebra, by a new fit without them, by brute-force probabilities."""
+"""Fates and levels of cells that are left out: by linear algebra, by a new fit without them, by brute-force probabilities."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,13 @@ from scipy.special import softmax
 import cellfate as cf
 from cellfate.inference.checks import _again, _each, _point, _without
 from cellfate.inference.fates import Form
+from cellfate.inference.free_energy import evaluate
 from cellfate.inference.left_out_fates import cavity_of_cells, totals
 from cellfate.model.categorical import Categorical, contrasts
 from cellfate.model.families import Outcome
 from cellfate.model.pairs import Pairs, differences
 from tests.model.test_categorical import kernels
-from tests.model.test_pairs import BETA, Blocks, whole_prior
+from tests.model.test_pairs import BETA, Blocks, matrices, whole_prior
 from tests.problem import double
 
 THETA = {"variance_lineage": 1.5, "variance_spatial": 0.7}
@@ -86,7 +87,38 @@ def test_a_new_fit_without_the_cell():
         away = prior[[i, i + n]][:, [i, i + n]] - gain @ cross.T + gain @ posterior @ gain.T
         u = rng.multivariate_normal((gain @ mean.T.reshape(-1)).numpy(), away.numpy(), 40_000)
         apart.append(softmax(u @ h.T, -1).mean(0) - p[i])
-    assert np.abs(apart).max() < 0.02
+    assert np.abs(apart).max() < 0.01
+
+
+@pytest.mark.parametrize("link", ["logit", "probit"])
+def test_levels_from_a_new_fit_without_the_cell(link):
+    n, theta = 40, {"gap_1": 0.8, "gap_2": 1.4}
+    found, rng = kernels(n), np.random.default_rng(0)
+    y, X = rng.permutation(np.arange(n) % 4).astype(float), np.ones((n, 1))
+    whole = sum(v * k for v, k in zip((1.5, 0.7), matrices(found), strict=True)).numpy()
+    glmm = cf.GLMM("ordinal", found, link=link, priors={"beta": ("normal", BETA)}).on(y, X)
+    model, engine, _ = glmm.problem
+    predicted = _each(_point(model, engine, glmm.rule, model.from_natural(THETA | theta)[0], 0))
+    count = 100_000
+    for i in range(0, n, 7):
+        rest = np.delete(np.arange(n), i)
+        among = whole[np.ix_(rest, rest)]
+        of_sample = (np.trace(among) - among.mean() * (n - 1)) / (n - 2)  # what a matrix is scaled by
+        part = cf.GLMM("ordinal", {"all": among}, link=link, priors={"beta": ("normal", BETA)}).on(y[rest], X[rest])
+        own, its, _ = part.problem
+        at, _ = own.from_natural({"variance_all": of_sample, **theta})
+        posterior = evaluate(own, its, at, part.rule, tolerance=1e-8).posterior
+        cross, tau = whole[i, rest] + BETA**2, posterior.sites.precision[0].numpy()
+        mean = cross @ posterior.weights[0].numpy()
+        away = np.linalg.solve(among + BETA**2 + np.diag(1 / tau), cross)
+        eta = mean + rng.normal(size=count) * (whole[i, i] + BETA**2 - cross @ away) ** 0.5
+        level = own.family.simulate(eta, rng=rng, gaps=(0.8, 1.4))
+        p = np.bincount(level.astype(int), minlength=4) / count
+        np.testing.assert_allclose(predicted.mean[i], p, atol=0.015)  # about 0.003 of it from the draws
+        k = int(y[i])
+        assert np.exp(predicted.log_p[i]) == pytest.approx(predicted.mean[i, k], abs=1e-9)
+        assert predicted.below[i] == pytest.approx(predicted.mean[i, :k].sum(), abs=1e-9)
+        assert predicted.upto[i] == pytest.approx(predicted.mean[i, : k + 1].sum(), abs=1e-9)
 
 
 @pytest.mark.parametrize("paired", [False, True])
