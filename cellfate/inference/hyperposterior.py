@@ -37,6 +37,7 @@ FIELDS, FEWER = (
     16,
     6,
 )  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
+KNOWN = 2  # of the latter, that are divided among the components: over many cells a sample variance hardly differs between draws
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
@@ -382,6 +383,8 @@ def _keep(
     fields = posterior.sample(terms, count, generators)
     spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
     beta, factor = _beta(model, here)
+    if model.data.n > LARGE:
+        fields, count = {name: x[..., :KNOWN] for name, x in fields.items()}, KNOWN
     parts = _of_known_field(engine, terms, fields, posterior.prior)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
         parts[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
