@@ -424,7 +424,11 @@ def _of_known_field(
     precision = (1 / tiny.clamp(min=torch.finfo(whole.dtype).tiny ** 0.5)).expand(whole.shape[:-1])
     known = engine.condition(terms, Sites(precision, torch.zeros_like(precision)), prior)
     weights = known.residual(whole)
-    return {term.name: known.component_times(term, weights) for term in terms}
+    parts = {term.name: known.component_times(term, weights) for term in terms if term.name != FIXED}
+    if len(parts) < len(terms):
+        # all parts are K R u = u - R u / precision; a product with a wide prior would have fewer digits than what the others leave
+        parts[FIXED] = whole - weights / precision[..., None] - torch.as_tensor(sum(parts.values()))
+    return parts
 
 
 def _beta(model: Model, here: Evaluation) -> tuple[np.ndarray, np.ndarray]:

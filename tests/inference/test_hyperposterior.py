@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import cellfate.inference.mode as mode_module
+from cellfate.datasets import simulate
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
+from cellfate.get import components
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, _of_known_field, integrate
 from cellfate.inference.mode import find_mode
@@ -20,6 +22,7 @@ from cellfate.kernels.spatial import Matern32
 from cellfate.model.catalog import get_family
 from cellfate.model.families import Outcome
 from cellfate.model.glmm import Data, Model
+from cellfate.tl import decompose
 from tests.problem import dense_engine, double, small_problem, stored_json, stored_problem
 
 PRIORS = {"sd_lineage": ("half_normal", 2.0), "sd_spatial": ("half_normal", 2.0), "beta": ("normal", 5.0)}
@@ -214,6 +217,27 @@ def test_effects_and_fixed_effects_are_mixtures_over_the_grid(gridded):
     np.testing.assert_allclose(draws.std(0, ddof=1), sd, rtol=0.05)
     correlation = grid.beta_covariance[0, 1] / sd.prod()
     assert np.corrcoef(draws.T)[0, 1] == pytest.approx(correlation, abs=0.06)
+
+
+@pytest.mark.parametrize("engine", ["dense", "structured"])
+def test_realized_shares_in_single_precision(engine):
+    """The wide prior of fixed effects takes no digits from what is theirs."""
+    adata = simulate(200, coefficients={"x": 0.5}, rng=0)
+    shares = []
+    for dtype in ("float64", "float32"):
+        decompose(
+            adata,
+            "fate",
+            family="bernoulli",
+            formula="~ 1 + x",
+            engine=engine,
+            dtype=dtype,
+            priors={"beta": ("normal", 20.0)},
+            rng=0,
+        )
+        shares.append(components(adata, scale="realized").set_index("component")["variance"])
+    np.testing.assert_allclose(shares[1], shares[0], rtol=0.05, atol=0.03)
+    assert shares[0]["fixed"] < 1.0
 
 
 @pytest.mark.parametrize("name", ["dense", "structured"])
