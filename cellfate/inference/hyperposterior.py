@@ -28,6 +28,7 @@ from cellfate.model.partition import SHARED
 from cellfate.model.priors import Flat
 
 LOOSE, LOOSER = 0.01, 0.03  # of site updates, means in sds and the free energy in nats; with many cells
+SLOW = 0.003  # the same where a cell has several fields: with many cells those settle slowly, and couplings between cells with them
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
@@ -370,7 +371,8 @@ def _evaluate_chunk(
 ) -> _Points:
     theta = model.theta(u)
     start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
-    here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSER if model.data.n > LARGE else LOOSE)
+    tolerance = LOOSE if model.data.n <= LARGE else SLOW if model.family.dear else LOOSER
+    here = evaluate(model, engine, theta, rule, start=start, tolerance=tolerance)
     return _keep(model, engine, u, here, log_evidence(model, here, rule) + model.log_prior(u), generators)
 
 
