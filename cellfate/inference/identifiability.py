@@ -5,9 +5,8 @@ parameters, fixed effects integrated out, is tr(R D_j R D_k) / 2 with R the inve
 a length-scale, are nuisance parameters: what they take is not counted as known. Traces are exact for some cells and estimated by
 random probes for many.
 
-Power is that of the score test of a component given the other. Its statistic is a quadratic form in gaussian (pseudo-)data, with the
-derivative D of V less what nuisance parameters can mimic of it; without the component and with it, three of its cumulants,
-kappa_p = (p - 1)! tr(M^p) / 2 with M = R D V R, make a shifted gamma distribution.
+Power is that of the score test of a component given the other: its statistic, the derivative of the log-likelihood along the component
+less what nuisance parameters can mimic of it, in draws of gaussian (pseudo-)data with the component and without it.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm, pearson3
+from scipy.stats import norm
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
@@ -28,11 +26,11 @@ from cellfate.kernels.base import Term
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 
 EXACT, PROBES = 1500, 64  # cells up to which traces are exact, and random vectors beyond
+DRAWS, FEWER = 2000, 512  # for power, to 1 or 2 %; of more cells
 STEP = 1e-3  # of a shape's coordinate, where it is differentiated
 LEVEL = 0.05  # of the one-sided test whose power is told
 Operator = Callable[[Tensor], Tensor]
 PAIR = ("lineage", "spatial")
-RANDOM = tuple(f"variance_{name}" for name in PAIR)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,12 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
     a, s = (values[f"variance_{name}"] for name in PAIR)
     slope = np.array([s, -a]) / (a + s) ** 2
     error_share = float(np.sqrt(slope @ pair @ slope))
-    power = {}
+    power, draws = {}, DRAWS if n <= EXACT else FEWER
+    seeded, terms = torch.Generator().manual_seed(0), model.terms(model.from_natural({**values, **own})[0])
+    nothing = Sites(like.new_zeros(1, n), like.new_zeros(1, n))
+    drawn = engine.condition(terms, nothing).sample(terms, draws, [seeded])
+    fields = {name: drawn[name][0] for name in PAIR}
+    noise = torch.randn(n, draws, generator=seeded, dtype=torch.float64).to(like) / precision**0.5
     for name in PAIR:
         absent = {f"variance_{name}": 1e-8 * values[f"variance_{name}"]}
         place, part = order.index(f"variance_{name}"), information(absent)
@@ -95,7 +98,8 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
         known = part + np.diag(weak)
         mimic = np.linalg.solve(known[np.ix_(nuisance, nuisance)], part[nuisance, place])
         weight = {order[place]: 1.0} | dict(zip((order[i] for i in nuisance), -mimic, strict=True))
-        power[name] = _power(residual_at(absent), derivatives, weight, {**values, **own}, precision, x, scale)
+        others = sum((fields[one] for one in PAIR if one != name), start=noise)
+        power[name] = _power(residual_at(absent), derivatives, weight, others, fields[name])
     centered = [derivatives[f"variance_{name}"](x - x.mean(0)) for name in PAIR]
     one, other = (k - k.mean(0) for k in centered)
     alignment = float((one * other).sum() / (one.norm() * other.norm()))
@@ -145,50 +149,21 @@ def prior_times(engine: Engine, term: Term, like: Tensor) -> Operator:
 
 
 def _power(
-    residual: Operator,
-    derivatives: Mapping[str, Operator],
-    weight: Mapping[str, float],
-    values: Mapping[str, float],
-    precision: float,
-    x: Tensor,
-    scale: float,
+    residual: Operator, derivatives: Mapping[str, Operator], weight: Mapping[str, float], others: Tensor, own: Tensor
 ) -> float:
-    """Probability that the score along sum(weight D) calls at :data:`LEVEL`, of data with these `values`; residual: R without the component."""
+    """How often the score along sum(weight D) calls at :data:`LEVEL`, in draws (n, draws) of (pseudo-)data without a component, `others`, and
+    with its `own` added; residual: R without the component.
+    """
 
-    def score(y: Tensor) -> Tensor:  # D R y
-        z = residual(y)
-        return torch.stack([w * derivatives[name](z) for name, w in weight.items()]).sum(0)
+    def score(y: Tensor) -> Tensor:
+        found = []
+        for part in y.split(PROBES, -1):
+            z = residual(part)
+            along = torch.stack([w * derivatives[name](z) for name, w in weight.items()]).sum(0)
+            found.append((z * along).sum(0))
+        return torch.cat(found)
 
-    def whole(y: Tensor) -> Tensor:  # V y, fixed effects apart
-        of_parts = [values[name] * derivatives[name](y) for name in derivatives if name in RANDOM]
-        return torch.stack([*of_parts, y / precision]).sum(0)
-
-    # tr(M^3) needs M x, M'x and M M x; M = D R without the component, where R V R = R, and V R D R with it
-    without = _cumulants(score, lambda y: residual(_apply(derivatives, weight, y)), x, scale)
-    present = _cumulants(
-        lambda y: whole(residual(score(y))),
-        lambda y: residual(_apply(derivatives, weight, residual(whole(y)))),
-        x,
-        scale,
-    )
-    return float(_shifted_gamma(present).sf(_shifted_gamma(without).isf(LEVEL)))
-
-
-def _apply(derivatives: Mapping[str, Operator], weight: Mapping[str, float], y: Tensor) -> Tensor:
-    return torch.stack([w * derivatives[name](y) for name, w in weight.items()]).sum(0)
-
-
-def _cumulants(m: Operator, transposed: Operator, x: Tensor, scale: float) -> tuple[float, float, float]:
-    """Mean, variance and third cumulant of a quadratic form z'Mz / 2."""
-    once, back = m(x), transposed(x)
-    traces = (x * once).sum(), (back * once).sum(), (back * m(once)).sum()
-    first, second, third = (scale * float(t) for t in traces)
-    return first / 2, second / 2, third
-
-
-def _shifted_gamma(cumulants: tuple[float, float, float]) -> Any:
-    mean, variance, third = cumulants
-    return pearson3(third / variance**1.5, loc=mean, scale=variance**0.5)
+    return float((score(others + own) > torch.quantile(score(others), 1 - LEVEL)).double().mean())
 
 
 def _weak(order: list[str], values: Mapping[str, float]) -> np.ndarray:
