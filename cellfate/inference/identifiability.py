@@ -26,7 +26,7 @@ from cellfate.kernels.base import Term
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 
 EXACT, PROBES = 1500, 64  # cells up to which traces are exact, and random vectors beyond
-DRAWS, FEWER = 2000, 512  # for power, to 1 or 2 %; of more cells
+DRAWS, FEWER = 2000, 512  # for power, to about 0.015 and 0.03; of more cells
 STEP = 1e-3  # of a shape's coordinate, where it is differentiated
 LEVEL = 0.05  # of the one-sided test whose power is told
 Operator = Callable[[Tensor], Tensor]

@@ -79,8 +79,8 @@ def test_probes_for_many_cells_and_columns_for_a_field(adata, monkeypatch):
     )  # as many columns as cells: the engine of linear cost
     swept = adata.uns[KEY].iloc[0]
     for name in ("alignment", "error_lineage", "error_spatial", "power_lineage", "power_spatial"):
-        # power is a share of 2,000 draws, which are made in other ways
-        assert swept[name] == pytest.approx(exact[name], rel=1e-3, abs=0.02 * name.startswith("power")), name
+        # power is a share of 2,000 draws, which are made in other ways: each knows it to about 0.015
+        assert swept[name] == pytest.approx(exact[name], rel=1e-3, abs=0.05 * name.startswith("power")), name
     monkeypatch.setattr(module, "EXACT", 0)
     monkeypatch.setattr(module, "PROBES", 2000)
     cf.pp.identifiability(adata, lengthscales=[LENGTHSCALE])
