@@ -162,6 +162,43 @@ def test_probabilities_of_a_normal_cell(levels, tries, paired):
             near(upto[i, k], stats.binom.cdf(seen[i, k], tries, drawn[:, k]))
 
 
+@pytest.mark.parametrize(("levels", "points"), [(2, 200_001), (3, 801)])
+def test_log_scores_of_counts_where_little_is_known(levels, points):
+    """Against a grid: counts that were expected, of one fate alone, and others than were expected at all."""
+    rng, h = np.random.default_rng(levels), contrasts(levels)
+    mean = np.array([[0.0, 1.0], [4.0, -3.0], [-6.0, 5.0]])[:, : levels - 1]
+    variance = np.array([[20.0, 20.0], [20.0, 8.0], [20.0, 30.0]])[:, : levels - 1]
+    axes = [np.linspace(-36, 36, points)] * (levels - 1)
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, levels - 1)
+    log_p = grid @ h.T
+    log_p -= logsumexp(log_p, axis=1, keepdims=True)
+    for tries in (2, 30, 300):
+        seen = rng.multinomial(tries, np.ones(levels) / levels, 3) + 0.0
+        seen[0] = tries * np.eye(levels)[0]
+        y, t = Categorical.outcome(seen)
+        outcome = Outcome(double(y), double(t), levels)
+        moments = double(mean.T.copy()).flatten(), double(variance.T.copy()).flatten()
+        found = Categorical().predictive(outcome, *moments)[0].numpy()
+        for i in range(3):
+            prior = stats.norm.logpdf(grid, mean[i], variance[i] ** 0.5).sum(1) + (levels - 1) * np.log(
+                72 / (points - 1)
+            )
+            ways = stats.multinomial.logpmf(seen[i], tries, np.ones(levels) / levels) + tries * np.log(levels)
+            assert found[i] == pytest.approx(logsumexp(prior + log_p @ seen[i]) + ways, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_counts_stay_whole(dtype):
+    rng = np.random.default_rng(0)
+    for levels, tries in ((3, 1), (5, 2000), (10, 100_000)):
+        seen = rng.multinomial(tries, rng.dirichlet(np.ones(levels)), 200)
+        y, t = (double(x).to(dtype) for x in Categorical.outcome(seen))
+        np.testing.assert_array_equal(Categorical.weights(Outcome(y, t, levels)).numpy(), seen)
+    soft = np.array([[1 - 3e-5, 3e-5]])  # and probabilities what they are
+    y, t = (double(x).to(dtype) for x in Categorical.outcome(soft))
+    np.testing.assert_allclose(Categorical.weights(Outcome(y, t, 2)).numpy(), soft, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "per fate", "contrasts"])
 def test_fates_drawn_again_are_those_of_the_posterior(kind):
     theta, options = kinds(3)[kind]
