@@ -179,7 +179,9 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
     correlation = float("nan")
     if np.ptp(lineage) and np.ptp(spatial):
         correlation = float(np.corrcoef(rankdata(np.stack([lineage, spatial]), axis=1))[0, 1])  # Spearman's
-    share = lineage / (lineage + spatial)
+    share = divided({"lineage": lineage, "spatial": spatial})["lineage"]
+    if not np.isfinite(share).all():
+        return correlation, "ancestry and neighborhood explain nothing that could be divided"
     width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
     return correlation, told_apart(correlation, width)
 
