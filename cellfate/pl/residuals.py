@@ -25,8 +25,8 @@ OVER = {"space": "spatial", "tree": "lineage"}
 HEIGHT = 2.3  # of a panel
 FEWEST = 5  # cells of a point of one fate out of several: with fewer, curves cross for no reason
 POINTS = 4  # of one fate out of several, that a line joins: with fewer, it says nothing of a curve
-FADES = 12  # steps in which a bar without an end fades
-FAINT, FULL = 0.04, 0.35  # how opaque a bar is
+FADES = 32  # steps in which a bar without an end fades
+FULL = 0.35  # how much of its color a bar has
 ROW = 0.085  # inches of a bar, where there is one for each fate
 
 
@@ -37,16 +37,14 @@ def residuals(
 
     First the quantiles of the residuals against those of a standard normal, with the band in which 95% of draws of this size lie at
     each place. Then Moran's I over space and over the tree, of the residuals (with what random orders of the cells give) and of the
-    fates (with what fates drawn again from the fit give): a point beyond its bar is a pattern that the model does not have. What is left in residuals
-    can only be too much, since those of cells that are predicted from each other are a little opposed: its bar has no lower end, and fades.
-    For
-    fates that are yes or no, last, how often what was predicted with some probability came true, for single cells, clades and regions
-    that were left out.
+    fates (with what fates drawn again from the fit give): a point beyond its bar is a pattern that the model does not have. What is
+    left in residuals can only be too much, since those of cells that are predicted from each other are a little opposed: its bar has no
+    lower end, and fades. For fates that are yes or no, last, how often what was predicted with some probability came true, for single
+    cells, clades and regions that were left out.
 
     Of ordinal and categorical fates there is a color for each: a panel with the share of each, and in a second row a panel for each kind
-    of cells that were left out, every fate against the rest, without points of fewer than five cells, and without a line where there are
-    few points. Categorical fates also have
-    quantiles and patterns of their own.
+    of cells that were left out, every fate against the rest, without points of fewer than five cells; fewer than four points are not
+    joined. Categorical fates also have quantiles and patterns of their own.
 
     Parameters
     ----------
@@ -164,7 +162,7 @@ def _patterns(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str] | None = 
         _bar(ax, y, row, color, least, 5 if of_each == 1 else min(4, 14 / of_each))
     ax.set_yticks(range(len(order)), order[::-1])
     ax.set_ylim(-0.6, len(order) - 0.4)
-    ax.axvline(0, color=_style.INK, linewidth=0.4, zorder=0)
+    ax.axvline(0, color=_style.INK, linewidth=0.4, zorder=3)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("Moran's I (dot: cells, bar: model)")
@@ -172,16 +170,15 @@ def _patterns(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str] | None = 
 
 def _bar(ax: Axes, y: float, row: Any, color: str, least: float, width: float) -> None:
     """What the model gives as a bar, which fades to the left where it has no lower end, and what the cells are as a dot."""
-    from matplotlib.colors import to_rgba
+    from matplotlib.colors import to_rgb
 
-    if np.isfinite(row.lower):
-        ax.hlines(y, row.lower, row.upper, color=color, alpha=FULL, linewidth=width)
-    else:  # there is no end, and none is drawn
-        ends = np.linspace(least, row.upper, FADES + 1)
-        faces = [to_rgba(color, alpha) for alpha in np.linspace(FAINT, FULL, FADES)]
-        ax.hlines(np.full(FADES, y), ends[:-1], ends[1:], colors=faces, linewidth=width)
+    steps = FADES if np.isinf(row.lower) else 1
+    depth = np.linspace(FULL / steps, FULL, steps)[:, None]
+    shades = 1 - depth * (1 - np.array(to_rgb(color)))  # opaque, so that each covers the one before
+    starts = np.linspace(max(row.lower, least), row.upper, steps, endpoint=False)
+    ax.hlines(np.full(steps, y), starts, row.upper, colors=shades, linewidth=width)
     dot = max(2.5, 0.9 * width)
-    ax.plot(row.observed, y, "o", markersize=dot, color=color, markeredgecolor="white", markeredgewidth=0.6)
+    ax.plot(row.observed, y, "o", markersize=dot, color=color, markeredgecolor="white", markeredgewidth=0.6, zorder=4)
 
 
 def _shares(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str]) -> None:
