@@ -146,7 +146,7 @@ def doubts_of(
         doubts.append(f"site updates did not settle at {posterior.unsettled} of {posterior.evaluations} points")
     if mode.at_bound:
         doubts.append(f"the mode of {', '.join(mode.at_bound)} is at the bound of what the data can tell")
-    results = [mode.free_energy, *parts.values(), *divided(parts).values()]
+    results = [np.asarray(mode.free_energy), *parts.values(), *divided(parts).values()]
     if not all(np.isfinite(x).all() for x in results):
         doubts.append("a result is not finite: do not use this fit")
     return doubts

@@ -78,7 +78,7 @@ def check(
     draws
         How many posterior draws of the hyperparameters are averaged over.
     folds
-        How many clades, and how many regions, the cells are divided into.
+        How many clades, and how many regions, the cells are divided into. Many clones are joined, each whole, to about so many sets.
     n_perm
         Random orders of the cells.
     lineage, spatial, graph, niche, offset, trials
