@@ -21,6 +21,7 @@ number of workers.
 
 Beside FILE.csv, FILE_sets.csv holds a row per set, begun anew by a run and written as sets finish. With `--resume` a run that was
 stopped goes on from there: sets that the file has with the same settings are not fitted again, and the table is of all that it holds.
+A set that cannot be fitted is a row whose status says why, and is counted as `failed` in the table.
 `--figure` draws the coverage of shares, and beside it, as NAME_ranks, the distribution of ranks where truths are from the prior.
 """
 
@@ -65,7 +66,8 @@ QUANTITIES = ("share_lineage", "share_spatial", "variance_lineage", "variance_sp
 RANKED = QUANTITIES[:1] + QUANTITIES[2:]  # the ranks of two shares mirror each other
 KEYS = ("n", "truth", "method", "seed", "family", "inheritance", "set")  # what a set is
 LEAST = 2  # cells that the rarest fate must have for a fit to be possible
-FATES = 3  # of categorical sets
+LEVELS = {"bernoulli": 2, "categorical": 3, "ordinal": 4}  # fates of a set
+FAILED = "failed"  # how the status of a set without a fit begins
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,23 @@ def fewest(fate: pd.Series, levels: int) -> int:
     return int(counts.min()) if len(counts) == levels else 0
 
 
+def columns() -> list[str]:
+    """Those of the table of sets."""
+    of_each = [f"{name}_{what}" for name in QUANTITIES for what in ("truth", "mean", "lower", "upper", "rank")]
+    timed = ("redrawn", "seconds", "cpu_seconds")
+    return [*KEYS, *timed, *of_each, "draws", "pareto_k", "status", "threads", *machine()]
+
+
+def fit_or_say(task: Set) -> dict[str, Any]:
+    """The row of a set; one that cannot be fitted has the reason as its status, and the others go on."""
+    try:
+        row = fit(task)
+    except Exception as error:
+        row = dict(zip(KEYS, task.key, strict=True)) | {"status": f"{FAILED}: {type(error).__name__}: {error}"}
+        row |= {"threads": torch.get_num_threads(), **machine()}
+    return {name: row.get(name) for name in columns()}
+
+
 def fit(task: Set) -> dict[str, Any]:
     """Simulate a set, fit it, and compare its intervals with the truth."""
     for_data, for_fit = task.stream.spawn(2)
@@ -129,7 +148,7 @@ def fit(task: Set) -> dict[str, Any]:
     while True:
         truth = draw_truth(task.truth, task.family, rng)
         adata = cf.datasets.simulate(task.n, family=task.family, inheritance=task.inheritance, rng=rng, **truth)
-        levels = {"bernoulli": 2, "categorical": FATES}.get(task.family)
+        levels = LEVELS.get(task.family)
         if levels is None or fewest(adata.obs["fate"], levels) >= LEAST:
             break
         redrawn += 1
@@ -170,7 +189,9 @@ def summarize(sets: pd.DataFrame) -> list[Mapping[str, object]]:
     """A row per setting, family, inheritance and quantity, and on what it was made."""
     rows = []
     groups = ["n", "truth", "method", "family", "inheritance"]
-    for group, of_family in sets.groupby(groups, sort=False):
+    failed = sets["status"].astype(str).str.startswith(FAILED)
+    for group, of_family in sets[~failed].groupby(groups, sort=False):
+        without = int((sets.loc[failed, groups] == list(group)).all(axis=1).sum())
         made = {name: " and ".join(dict.fromkeys(of_family[name].astype(str))) for name in ("threads", *machine())}
         for name in QUANTITIES:
             true, mean = of_family[f"{name}_truth"], of_family[f"{name}_mean"]
@@ -197,6 +218,7 @@ def summarize(sets: pd.DataFrame) -> list[Mapping[str, object]]:
                     "width": (upper - lower).mean(),
                     "seconds": of_family["seconds"].mean(),
                     "cpu_seconds": of_family["cpu_seconds"].mean(),
+                    "failed": without,
                     "warned": int((of_family["status"] != "converged").sum()),
                     **ranks,
                     **made,
@@ -223,7 +245,7 @@ def run(todo: Sequence[Set], workers: int, threads: int) -> Iterator[dict[str, A
     """Results in the order of the sets, each when it is there; each worker computes with its own threads."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=partial(_begin, threads)) as pool:
-        yield from tqdm(pool.map(fit, todo), total=len(todo), unit="set", mininterval=10)
+        yield from tqdm(pool.map(fit_or_say, todo), total=len(todo), unit="set", mininterval=10)
 
 
 def _begin(threads: int) -> None:
@@ -234,6 +256,7 @@ def _begin(threads: int) -> None:
 def keep(rows: Iterator[dict[str, Any]], path: Path) -> None:
     """Append each row to a table when it is there, so that a run that is stopped has lost what it was at, and no more."""
     for row in rows:
+        row = row | {name: repr(row[name]) for name in KEYS if isinstance(row[name], float)}  # found again by it
         pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
 
 
@@ -249,7 +272,7 @@ def finished(path: Path) -> set[tuple[Any, ...]]:
 
 def read_sets(paths: Sequence[Path]) -> pd.DataFrame:
     """Rows of sets of one or several runs, each set once."""
-    tables = {path: pd.read_csv(path) for path in paths}
+    tables = {path: pd.read_csv(path, float_precision="round_trip") for path in paths}
     for path, of in tables.items():
         if missing := [key for key in KEYS if key not in of]:
             raise SystemExit(
@@ -261,6 +284,8 @@ def read_sets(paths: Sequence[Path]) -> pd.DataFrame:
 def report(sets: pd.DataFrame, out: Path | None, figure: Path | None) -> None:
     """Print the table of sets, write it and draw it."""
     rows = summarize(sets)
+    for row in sets[sets["status"].astype(str).str.startswith(FAILED)].to_dict("records"):
+        print(f"{row['family']}, inheritance {row['inheritance']}, set {row['set']}: {row['status']}")
     print(table([{k: v for k, v in row.items() if k not in machine()} for row in rows]), end="\n\n")
     p = [row["rank_p"] for row in rows if "rank_p" in row]
     if p:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import logsumexp, ndtri
+from scipy.special import ndtri
 from torch import Tensor
 
 from cellfate._runtime import progress
@@ -27,6 +27,7 @@ from cellfate.model.glmm import RESIDUAL, Model, Theta
 from cellfate.model.ordinal import Ordinal
 
 NODES = 60
+NUMBERS = 2**22  # at the nodes of some cells, at once
 SETTLED = 1e-4  # of site updates, in posterior sds
 CELL = "cell"
 
@@ -78,16 +79,15 @@ def check(
     rng: np.random.Generator,
 ) -> Checked:
     """At `draws` of the hyperparameters; `sets` are labels (n,) of cells that are left out together, `each` the fates per draw."""
-    parts: dict[str, list[Predicted]] = {name: [] for name in (CELL, *sets)}
+    averages = {name: _Average(reweighted=name == CELL) for name in (CELL, *sets)}
     replicates = []
     for i in progress(range(draws), desc="checks", unit="draw"):
         point = _point(model, engine, rule, theta, i)
-        parts[CELL].append(_each(point))
+        averages[CELL].add(_each(point))
         for name, label in sets.items():
-            parts[name].append(_without(point, label))
+            averages[name].add(_without(point, label))
         replicates.append(_again(point, each, rng))
-    predicted = {name: _averaged(found, reweighted=name == CELL) for name, found in parts.items()}
-    return Checked(predicted, np.concatenate(replicates, axis=1))
+    return Checked({name: average.found for name, average in averages.items()}, np.concatenate(replicates, axis=1))
 
 
 def _point(model: Model, engine: Engine, rule: Rule, theta: Theta, i: int) -> _Point:
@@ -99,7 +99,7 @@ def _point(model: Model, engine: Engine, rule: Rule, theta: Theta, i: int) -> _P
     if f"sd_{RESIDUAL}" in own:
         own[f"variance_{RESIDUAL}"] = own.pop(f"sd_{RESIDUAL}") ** 2
     if isinstance(model.family, Ordinal):
-        own = {"gaps": np.array([float(gap) for gap in own.values()])}
+        own = {"gaps": np.array([float(own[gap]) for gap in model.own])}
     return _Point(model, engine, here, likelihood_at(model, at), own)
 
 
@@ -125,8 +125,7 @@ def _without(point: _Point, label: np.ndarray) -> Predicted:
         parts.append(_predictive(point, rest.mean[0, out], rest.variance[0, out], cells))
         order.append(cells)
     back = np.argsort(np.concatenate(order))
-    names = [field.name for field in fields(Predicted)]
-    return Predicted(*(np.concatenate([getattr(part, name) for part in parts])[back] for name in names))
+    return Predicted(*(x[back] for x in _joined(parts)))
 
 
 def _again(point: _Point, each: int, rng: np.random.Generator) -> np.ndarray:
@@ -141,7 +140,7 @@ def _again(point: _Point, each: int, rng: np.random.Generator) -> np.ndarray:
     trials = None if outcome.trials is None else outcome.trials.cpu().numpy()
     return np.column_stack(
         [
-            model.family.simulate(column, rng=rng, trials=trials, variance_residual=residual, **own)
+            _small(model.family.simulate(column, rng=rng, trials=trials, variance_residual=residual, **own))
             for column in eta.T.cpu().numpy()
         ]
     )
@@ -151,6 +150,13 @@ def _predictive(point: _Point, mean: Tensor, variance: Tensor, cells: np.ndarray
     """Of some cells (k,), whose latent value is N(mean, variance), (k,) for each of their copies, without the offset."""
     if point.model.family.kind == KIND:
         return Predicted(*predictive_fates(point.model, mean, variance, cells))
+    size = max(1, NUMBERS // (NODES * (point.model.data.outcome.levels or 1)))
+    some = [slice(i, i + size) for i in range(0, len(cells), size)]
+    return Predicted(*_joined([_at_nodes(point, mean[i], variance[i], cells[i]) for i in some]))
+
+
+def _at_nodes(point: _Point, mean: Tensor, variance: Tensor, cells: np.ndarray) -> Predicted:
+    """The same by quadrature, of a fate with a single latent value."""
     family, which = point.model.family, torch.as_tensor(cells)
     outcome = point.model.data.outcome.at(which)
     z, w = quadrature(mean, NODES)
@@ -164,22 +170,42 @@ def _predictive(point: _Point, mean: Tensor, variance: Tensor, cells: np.ndarray
     return Predicted(log_p.cpu().numpy(), below @ weight, upto @ weight, average.cpu().numpy())
 
 
-def _averaged(parts: Sequence[Predicted], *, reweighted: bool) -> Predicted:
-    """Over the draws; where each cell was left out, reweighted to what they would be without it.
+def _joined(parts: Sequence[Predicted]) -> tuple[np.ndarray, ...]:
+    """Of all cells what is predicted, from some after others."""
+    return tuple(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Predicted))
+
+
+def _small(x: np.ndarray) -> np.ndarray:
+    """Whole numbers in no more bytes than they need: there are many of them."""
+    if (x != np.floor(x)).any() or x.min() < 0 or x.max() >= 2**32:
+        return x
+    return x.astype(np.min_scalar_type(int(x.max())))
+
+
+class _Average:
+    """What is predicted over the draws, one after the other; where each cell was left out, reweighted to what they would be without it.
 
     p(theta | others) is p(theta | all) / p(y_i | others, theta).
     """
-    log_p = np.stack([p.log_p for p in parts])  # (draws, n)
-    log_weight = -log_p if reweighted else np.zeros_like(log_p)
-    log_weight = log_weight - logsumexp(log_weight, axis=0)
-    weight = np.exp(log_weight)
-    return Predicted(
-        logsumexp(log_weight + log_p, axis=0),
-        *(
-            np.einsum("sn,sn...->n...", weight, np.stack([getattr(p, name) for p in parts]))
-            for name in ("below", "upto", "mean")
-        ),
-    )
+
+    def __init__(self, *, reweighted: bool) -> None:
+        self._reweighted = reweighted
+        self._log_weight: np.ndarray | float = -np.inf  # of all draws together
+        self._log_p: np.ndarray | float = -np.inf
+        self._rest: list[np.ndarray] = []
+
+    def add(self, p: Predicted) -> None:
+        log_weight = -p.log_p if self._reweighted else np.zeros_like(p.log_p)
+        self._log_weight = np.logaddexp(self._log_weight, log_weight)
+        self._log_p = np.logaddexp(self._log_p, log_weight + p.log_p)
+        share = np.exp(log_weight - self._log_weight)
+        new = [p.below, p.upto, p.mean]
+        old = self._rest or [np.zeros_like(x) for x in new]
+        self._rest = [a + share.reshape(-1, *[1] * (x.ndim - 1)) * (x - a) for a, x in zip(old, new, strict=True)]
+
+    @property
+    def found(self) -> Predicted:
+        return Predicted(np.asarray(self._log_p - self._log_weight), *self._rest)
 
 
 def quantile_residuals(predicted: Predicted, rng: np.random.Generator) -> np.ndarray:

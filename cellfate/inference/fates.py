@@ -145,8 +145,17 @@ def can_be_paired(components: Sequence[Component], levels: int) -> bool:
 
 
 def fate_names(names: Sequence[str] | None, levels: int) -> list[str]:
-    """The fates by what they are called in tables."""
-    return [str(k) for k in range(levels)] if names is None else [str(name).replace("/", "_") for name in names]
+    """The fates by what they are called in tables, each by a name of its own: a file takes "/" for a folder."""
+    if names is None:
+        return [str(k) for k in range(levels)]
+    taken, found = {str(name) for name in names if "/" not in str(name)}, []
+    for name in map(str, names):
+        plain = name.replace("/", "_")
+        while "/" in name and plain in taken:
+            plain += "_"
+        taken.add(plain)
+        found.append(plain)
+    return found
 
 
 def priors_by_fate(

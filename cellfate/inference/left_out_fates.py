@@ -65,9 +65,15 @@ def copies_of(model: Model, cells: np.ndarray) -> Tensor:
 
 def fates_again(model: Model, eta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Counts (n, draws, K) of fates drawn at latent values eta (copies * n, draws)."""
-    p = Form.of(model).by_fate(eta.T)  # (draws, n, K)
-    p = np.exp(p - p.max(-1, keepdims=True))
-    return rng.multinomial(totals(model), p / p.sum(-1, keepdims=True)).swapaxes(0, 1).astype(float)
+    form, trials = Form.of(model), totals(model)
+    found = np.empty((len(trials), eta.shape[1], form.levels), dtype=np.min_scalar_type(int(trials.max())))
+    for i, column in enumerate(
+        eta.T
+    ):  # one by one: of all at once, probabilities would take more room than anything else
+        p = form.by_fate(column)
+        p = np.exp(p - p.max(-1, keepdims=True))
+        found[:, i] = rng.multinomial(trials, p / p.sum(-1, keepdims=True))
+    return found
 
 
 def totals(model: Model) -> np.ndarray:

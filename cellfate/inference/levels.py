@@ -28,7 +28,7 @@ from cellfate.inference.sites import Rule
 from cellfate.kernels.base import Component
 from cellfate.model.checks import DEPENDENT
 from cellfate.model.glmm import Model
-from cellfate.model.partition import LATENT, partition, rows
+from cellfate.model.partition import LATENT, divided, partition, rows
 from cellfate.model.priors import Flat, Parameter
 
 POINTS, FEWER = 256, 64  # at which all levels are evaluated alike, for each proposal; where a point is dear
@@ -112,7 +112,6 @@ def fit_level(model: Model, engine: Engine, rule: Rule, rng: np.random.Generator
         _, doubts = engine.report({name: float(x.mean()) for name, x in posterior.values.items()})
         parts = scales[LATENT]
         found = doubts_of(mode, posterior, parts, doubts)
-    total = sum(parts.values())
     # of a grouping factor the variance is that of its intercepts, and the share what these contribute
     sds = {name: posterior.values.get(f"sd_{name}") for name in parts}
     return LevelFit(
@@ -121,7 +120,7 @@ def fit_level(model: Model, engine: Engine, rule: Rule, rng: np.random.Generator
         mode,
         mode_values(model, mode),
         {name: x if (sd := sds[name]) is None else sd**2 for name, x in parts.items()},
-        {name: x / total for name, x in parts.items()},
+        divided(parts),
         {name: column for name, column in (variances | shares).items() if name not in ("scale", "response")},
         posterior.log_evidence,
         "; ".join(found) or "converged",

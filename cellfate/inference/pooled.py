@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from cellfate.inference.hyperposterior import DRAWS, Hyperposterior
 from cellfate.inference.importance import systematic
 from cellfate.inference.report import Integrated, doubts_of
-from cellfate.model.partition import latent
+from cellfate.model.partition import divided, latent
 
 FEW_TREES = 1.5  # effective ones, below which one tree has it all
 SHARES = ("lineage", "spatial")  # of which each tree tells its own
@@ -38,12 +38,11 @@ def told_by(found: Integrated) -> Told:
     """What there is to say of the fit under one tree."""
     posterior = found.posterior
     parts = latent(found.model, posterior.values, posterior.beta)
-    total = sum(parts.values())
-    shares = {}
+    each, shares = divided(parts), {}
     for base in SHARES:
-        own = [x for name, x in parts.items() if name.split("[")[0] == base]  # of every fate, where each has its own
+        own = [x for name, x in each.items() if name.split("[")[0] == base]  # of every fate, where each has its own
         if own:
-            share = np.sum(own, axis=0) / total
+            share = np.sum(own, axis=0)
             shares[base] = float(share.mean()), float(share.std())
     doubts = doubts_of(found.mode, posterior, parts, found.approximate)
     return Told(posterior.log_evidence, shares, "; ".join(doubts) or "converged")

@@ -15,7 +15,7 @@ from cellfate.inference.arrays import term_names
 from cellfate.inference.hyperposterior import LARGEST_K, USELESS, Hyperposterior
 from cellfate.inference.mode import Mode
 from cellfate.model.glmm import FIXED, Model
-from cellfate.model.partition import LATENT, partition, rows, summary
+from cellfate.model.partition import LATENT, divided, partition, rows, summary
 
 MUST_SETTLE = 0.95  # of the points' site updates, or a warning
 FEW_DRAWS = 200
@@ -110,8 +110,7 @@ def all_draws(
     """Draws of hyperparameters, fixed effects `terms` and shares; `parts` are variance draws on the latent scale."""
     out = dict(_natural(name, value) for name, value in posterior.values.items())
     out |= {f"beta[{term}]": posterior.beta[:, i] for i, term in enumerate(terms)}
-    total = sum(parts.values())
-    return out | {f"share_{name}": x / total for name, x in parts.items()}
+    return out | {f"share_{name}": x for name, x in divided(parts).items()}
 
 
 def fixed_effects(posterior: Hyperposterior, terms: Sequence[str]) -> dict[str, list]:
@@ -147,7 +146,8 @@ def doubts_of(
         doubts.append(f"site updates did not settle at {posterior.unsettled} of {posterior.evaluations} points")
     if mode.at_bound:
         doubts.append(f"the mode of {', '.join(mode.at_bound)} is at the bound of what the data can tell")
-    if not np.isfinite(mode.free_energy) or not all(np.isfinite(x).all() for x in parts.values()):
+    results = [np.asarray(mode.free_energy), *parts.values(), *divided(parts).values()]
+    if not all(np.isfinite(x).all() for x in results):
         doubts.append("a result is not finite: do not use this fit")
     return doubts
 
@@ -179,7 +179,9 @@ def _verdict(parts: Mapping[str, np.ndarray]) -> tuple[float, str]:
     correlation = float("nan")
     if np.ptp(lineage) and np.ptp(spatial):
         correlation = float(np.corrcoef(rankdata(np.stack([lineage, spatial]), axis=1))[0, 1])  # Spearman's
-    share = lineage / (lineage + spatial)
+    share = divided({"lineage": lineage, "spatial": spatial})["lineage"]
+    if not np.isfinite(share).all():
+        return correlation, "ancestry and neighborhood explain nothing that could be divided"
     width = float(np.subtract(*np.quantile(share, [0.975, 0.025])))
     return correlation, told_apart(correlation, width)
 

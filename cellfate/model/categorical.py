@@ -26,8 +26,10 @@ from cellfate.model.families import Expectation, Family, Outcome, Remainder, qua
 NODES = ((0.5, {1: 28, 2: 10, 3: 7}), (3.0, {1: 40, 2: 14, 3: 9}), (math.inf, {1: 200, 2: 24, 3: 12}))
 POINTS = 256  # with more contrasts, quasi-random points, and as many mirrored
 PROBES = 32  # of a trace over the couplings among contrasts of different cells
-ROUNDING = 1e-4  # of a whole number, what contrasts in single precision may lose
-NEWTON = 30  # steps to the mode of a cell alone
+ROUNDING = 32  # times the precision of numbers as large as the trials: what contrasts may lose of a whole number
+NEWTON = 50  # steps to the mode of a cell alone, at most
+SETTLED = 1e-5  # a step, in sds
+WIDTHS = (1.0, 2.5)  # of nodes about it
 NUMBERS = 2**18  # made at once: what is known at the nodes stays in the cache
 
 
@@ -103,7 +105,8 @@ def stacked(x: Tensor) -> Tensor:  # (..., n, J) -> (..., J n)
 def _weights(y: Tensor, t: Tensor, h: Tensor) -> Tensor:
     """From contrasts (n, J) and totals (n,) back to what was observed of each fate (n, K); whole numbers come back whole."""
     found = y @ h.mT + t[:, None] / len(h)
-    return torch.where((found - found.round()).abs() < ROUNDING, found.round(), found)
+    lost = ROUNDING * torch.finfo(found.dtype).eps * t[:, None]
+    return torch.where((found - found.round()).abs() <= lost, found.round(), found)
 
 
 class Categorical(Family):
@@ -329,23 +332,57 @@ class Nodes:
 
     def log_density(self) -> Tensor:
         """Log E exp f (c,), without multinomial coefficients: by nodes about the mode of f and the density of the cell together, because many
-        trials know more than any node near the mean.
+        trials know more than any node near the mean. They are a mixture of those as wide as the curve at the mode says, and of wider ones:
+        where a fate is rare, it is flat on one side.
         """
-        factor, x = self.factor_of_covariance, torch.zeros_like(self.mean)
-        seen, slopes = self.y @ self.h.mT + self.t[:, None] / len(self.h), self.h @ factor  # (c, K, J), of x ~ N(0, 1)
-        precision = eye = torch.eye(x.shape[-1]).to(x)
-        for _ in range(NEWTON):  # of a concave function, with steps held short where a curve is far from its parabola
-            p = torch.softmax(self.mean @ self.h.mT + (slopes @ x[..., None])[..., 0], -1)
+        centre, root, slopes = self._mode()
+        base, seen = self.mean @ self.h.mT, self._seen
+        square = self.z.square().sum(-1)
+        # of each node how dense the mixture is there, with a node of one width seen from the other
+        parts = []
+        for width in WIDTHS:
+            at = centre[..., None] + width * root @ self.z.mT  # (c, J, q)
+            log_p = torch.log_softmax(base[..., None] + slopes @ at, 1)
+            each = [-square * (width / other) ** 2 / 2 - centre.shape[-1] * math.log(other) for other in WIDTHS]
+            density = torch.logsumexp(torch.stack(each), 0)
+            parts.append(torch.log(self.w) + (seen[..., None] * log_p).sum(1) - at.square().sum(1) / 2 - density)
+        return torch.logsumexp(torch.cat(parts, -1), -1) + torch.logdet(root)
+
+    @property
+    def _seen(self) -> Tensor:  # (c, K)
+        return self.y @ self.h.mT + self.t[:, None] / len(self.h)
+
+    def _mode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of f and the density together the mode (c, J) and a root (c, J, J) of the covariance there, with f known by slopes (c, K, J), all of
+        what is N(0, 1) for a cell.
+        """
+        x, seen, base = torch.zeros_like(self.mean), self._seen, self.mean @ self.h.mT
+        slopes, eye = self.h @ self.factor_of_covariance, torch.eye(x.shape[-1]).to(x)
+
+        def value(x: Tensor) -> Tensor:
+            log_p = torch.log_softmax(base + (slopes @ x[..., None])[..., 0], -1)
+            return (seen * log_p).sum(-1) - x.square().sum(-1) / 2
+
+        def curve(x: Tensor) -> tuple[Tensor, Tensor]:
+            p = torch.softmax(base + (slopes @ x[..., None])[..., 0], -1)
             curved = slopes.mT @ (torch.diag_embed(p) - p[..., None] * p[:, None]) @ slopes
-            precision = eye + self.t[:, None, None] * curved
-            pull = ((seen - self.t[:, None] * p)[:, None] @ slopes)[:, 0] - x
+            return eye + self.t[:, None, None] * curved, ((seen - self.t[:, None] * p)[:, None] @ slopes)[:, 0] - x
+
+        highest, reach = value(x), torch.ones_like(self.t)
+        for _ in range(
+            NEWTON
+        ):  # of a concave function, held short where it is far from its parabola and a step would lead down
+            precision, pull = curve(x)
             step = torch.linalg.solve(precision, pull[..., None])[..., 0]
-            x = x + step / step.norm(dim=-1, keepdim=True).clamp(min=1)
-        root = torch.linalg.inv(torch.linalg.cholesky(precision)).mT
-        at = x[..., None] + root @ self.z.mT  # (c, J, q)
-        log_p = torch.log_softmax((self.mean @ self.h.mT)[..., None] + slopes @ at, 1)
-        ratio = (self.z.square().sum(-1) - at.square().sum(1)) / 2 + torch.logdet(root)[:, None]
-        return torch.logsumexp(torch.log(self.w) + (seen[..., None] * log_p).sum(1) + ratio, -1)
+            length = step.norm(dim=-1)
+            if float(length.max()) < SETTLED:
+                break
+            new = x + step * (reach / length.clamp(min=SETTLED)).clamp(max=1)[:, None]
+            found = value(new)
+            up = found >= highest
+            x, highest = torch.where(up[:, None], new, x), torch.where(up, found, highest)
+            reach = torch.where(up, 2 * reach, torch.minimum(reach, length) / 4)
+        return x, torch.linalg.inv(torch.linalg.cholesky(curve(x)[0])).mT, slopes
 
     def log_rest(self) -> Tensor:
         """Log E exp r (c,), r what f is less its projection on quadratics without products."""

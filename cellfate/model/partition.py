@@ -49,6 +49,12 @@ def latent(model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray) -> 
     return out
 
 
+def divided(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Shares of the total; of nothing they are not a number."""
+    total = np.asarray(sum(parts.values()))
+    return {name: np.divide(x, total, out=np.full_like(total, np.nan), where=total != 0) for name, x in parts.items()}
+
+
 def has_covariates(model: Model) -> bool:
     """Whether the fixed part varies over the cells."""
     design = model.data.own_design
@@ -109,10 +115,9 @@ def rows(
             intercepts[c.name] = scales[LATENT][c.name] / np.maximum(own, np.finfo(float).tiny)
     tables: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for scale, parts in scales.items():
-        total = sum(parts.values())
         of_intercepts = intercepts if scale in (LATENT, LINK) else {}
         kept = [draws / of_intercepts.get(c, 1.0) for c, draws in parts.items()]
-        found = summaries(np.stack([*kept, *(draws / total for draws in parts.values())])) if parts else []
+        found = summaries(np.stack([*kept, *divided(parts).values()])) if parts else []
         for component, *both in zip(parts, found[: len(parts)], found[len(parts) :], strict=True):
             for table, name, (mean, sd, lower, upper) in zip(tables, ("variance", "share"), both, strict=True):
                 row = {"scale": scale, "response": response, "component": component, name: mean}

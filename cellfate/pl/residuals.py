@@ -24,6 +24,9 @@ LEFT_OUT = {"cell": "#000000", "clade": _style.COLORS["lineage"], "region": _sty
 OVER = {"space": "spatial", "tree": "lineage"}
 HEIGHT = 2.3  # of a panel
 FEWEST = 5  # cells of a point of one fate out of several: with fewer, curves cross for no reason
+POINTS = 4  # of one fate out of several, that a line joins: with fewer, it says nothing of a curve
+FADES = 32  # steps in which a bar without an end fades
+FULL = 0.35  # how much of its color a bar has
 ROW = 0.085  # inches of a bar, where there is one for each fate
 
 
@@ -32,16 +35,16 @@ def residuals(
 ) -> list[Axes]:
     """Draw what :func:`cellfate.tl.check` found.
 
-    First the quantiles of the residuals against those of a standard normal, with the band in which 95% of samples of this size lie at
+    First the quantiles of the residuals against those of a standard normal, with the band in which 95% of draws of this size lie at
     each place. Then Moran's I over space and over the tree, of the residuals (with what random orders of the cells give) and of the
-    fates (with what fates drawn again from the fit give): a point beyond its bar is a pattern that the model does not have. What is left in residuals
-    can only be too much: those of cells that are predicted from each other are a little opposed. For
-    fates that are yes or no, last, how often what was predicted with some probability came true, for single cells, clades and regions
-    that were left out.
+    fates (with what fates drawn again from the fit give): a point beyond its bar is a pattern that the model does not have. What is
+    left in residuals can only be too much, since those of cells that are predicted from each other are a little opposed: its bar has no
+    lower end, and fades. For fates that are yes or no, last, how often what was predicted with some probability came true, for single
+    cells, clades and regions that were left out.
 
     Of ordinal and categorical fates there is a color for each: a panel with the share of each, and in a second row a panel for each kind
-    of cells that were left out, every fate against the rest, without points of fewer than five cells. Categorical fates also have
-    quantiles and patterns of their own.
+    of cells that were left out, every fate against the rest, without points of fewer than five cells; fewer than four points are not
+    joined. Categorical fates also have quantiles and patterns of their own.
 
     Parameters
     ----------
@@ -129,7 +132,7 @@ def _quantiles(ax: Axes, columns: Mapping[str, np.ndarray], colors: Mapping[str,
     expected = stats.norm.ppf((rank - 0.5) / n)
     # the k-th of n uniforms is beta distributed
     low, high = (stats.norm.ppf(stats.beta.ppf(p, rank, n + 1 - rank)) for p in (0.025, 0.975))
-    ax.fill_between(expected, low, high, color=_style.ABSENT, linewidth=0, label="95% of samples")
+    ax.fill_between(expected, low, high, color=_style.ABSENT, linewidth=0, label="95% of draws")
     ax.plot(expected, expected, color=_style.INK, linewidth=0.6)
     for name, x in columns.items():
         ax.plot(expected, np.sort(x), "o", markersize=2, color=colors[name], markeredgewidth=0)
@@ -159,17 +162,23 @@ def _patterns(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str] | None = 
         _bar(ax, y, row, color, least, 5 if of_each == 1 else min(4, 14 / of_each))
     ax.set_yticks(range(len(order)), order[::-1])
     ax.set_ylim(-0.6, len(order) - 0.4)
-    ax.axvline(0, color=_style.INK, linewidth=0.4, zorder=0)
+    ax.axvline(0, color=_style.INK, linewidth=0.4, zorder=3)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("Moran's I (dot: cells, bar: model)")
 
 
 def _bar(ax: Axes, y: float, row: Any, color: str, least: float, width: float) -> None:
-    """What the model gives as a bar, what the cells are as a dot."""
-    ax.hlines(y, max(row.lower, least), row.upper, color=color, alpha=0.35, linewidth=width)
+    """What the model gives as a bar, which fades to the left where it has no lower end, and what the cells are as a dot."""
+    from matplotlib.colors import to_rgb
+
+    steps = FADES if np.isinf(row.lower) else 1
+    depth = np.linspace(FULL / steps, FULL, steps)[:, None]
+    shades = 1 - depth * (1 - np.array(to_rgb(color)))  # opaque, so that each covers the one before
+    starts = np.linspace(max(row.lower, least), row.upper, steps, endpoint=False)
+    ax.hlines(np.full(steps, y), starts, row.upper, colors=shades, linewidth=width)
     dot = max(2.5, 0.9 * width)
-    ax.plot(row.observed, y, "o", markersize=dot, color=color, markeredgecolor="white", markeredgewidth=0.6)
+    ax.plot(row.observed, y, "o", markersize=dot, color=color, markeredgecolor="white", markeredgewidth=0.6, zorder=4)
 
 
 def _shares(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str]) -> None:
@@ -196,7 +205,7 @@ def _calibration(ax: Axes, table: pd.DataFrame, colors: Mapping[str, str] | None
             rows["observed"],
             yerr=spread,
             color=color,
-            fmt="-",
+            fmt="-" if colors is None or len(rows) >= POINTS else "none",
             linewidth=0.8,
             elinewidth=0.6,
             label=str(name),

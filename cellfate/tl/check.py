@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellfate import _keys, get
-from cellfate._runtime import SeedLike, generator
+from cellfate._runtime import SeedLike, generator, logger
 from cellfate.cells import Cells
 from cellfate.errors import DataError
 from cellfate.inference import checks
@@ -25,13 +25,13 @@ from cellfate.model.glmm import Model
 from cellfate.tl.check_tables import (
     LEVELS,
     PROBABILITIES,
-    Observed,
+    Seen,
     calibration_table,
     checks_table,
     predictions_table,
 )
 from cellfate.tl.fitted import fitted
-from cellfate.tl.sets import clades, regions
+from cellfate.tl.sets import clades, merged, regions
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def check(
     draws
         How many posterior draws of the hyperparameters are averaged over.
     folds
-        How many clades, and how many regions, the cells are divided into.
+        How many clades, and how many regions, the cells are divided into. Many clones are joined, each whole, to about so many sets.
     n_perm
         Random orders of the cells.
     lineage, spatial, graph, niche, offset, trials
@@ -144,21 +144,21 @@ def check(
     return adata if copy else None
 
 
-def _observed(model: Model, cells: Cells) -> Observed:
+def _observed(model: Model, cells: Cells) -> Seen:
     kind = model.family.kind
     if kind not in (KIND, LEVELS):
-        return Observed(kind, cells.response, cells.trials)
+        return Seen(kind, cells.response, cells.trials)
     assert model.data.outcome.levels is not None
     names = fate_names(cells.levels, model.data.outcome.levels)
     if not isinstance(model.family, Categorical):
-        return Observed(kind, cells.response, None, names)
+        return Seen(kind, cells.response, None, names)
     weights = model.family.weights(model.data.outcome).cpu().numpy()
     if (weights != np.round(weights)).any():
         raise NotImplementedError(
             "checks of probabilities of fates are not there: the model does not say how probabilities scatter, only how fates do. Check a "
             "fit of the most probable fate of each cell, `adata.obs['fate'] = adata.obsm[fate].idxmax(axis=1)`."
         )
-    return Observed(kind, weights, totals(model).astype(float), names)
+    return Seen(kind, weights, totals(model).astype(float), names)
 
 
 def _with_places(adata: AnnData, cells: Cells) -> Cells:
@@ -173,10 +173,13 @@ def _sets(cells: Cells, folds: int) -> dict[str, np.ndarray]:
     """Labels (n,) of cells that are left out together."""
     out = {}
     if cells.forest is not None and cells.leaf is not None:
-        out["clade"] = clades(cells.forest, cells.leaf, folds)
+        out["clade"] = merged(clades(cells.forest, cells.leaf, folds), cells.leaf, folds)
     if cells.coordinates is not None:
         out["region"] = regions(cells.coordinates, cells.specimen, folds)
-    return {name: label for name, label in out.items() if len(np.unique(label)) > 1}
+    for name in [name for name, label in out.items() if len(np.unique(label)) < 2]:
+        del out[name]
+        logger.info("no %s is left out: all cells are in a single one", name)
+    return out
 
 
 def _vicinities(cells: Cells) -> dict[str, Vicinity]:

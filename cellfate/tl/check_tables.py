@@ -20,7 +20,7 @@ COLUMNS = ("check", "over", "observed", "expected", "lower", "upper", "p")
 
 
 @dataclass(frozen=True)
-class Observed:
+class Seen:
     """What became of the cells: `y` (n,), or of fates without an order how often each (n, K), out of `trials`; `names` of the fates."""
 
     kind: str
@@ -47,7 +47,7 @@ class Observed:
 
 def checks_table(
     residuals: np.ndarray,
-    seen: Observed,
+    seen: Seen,
     replicates: np.ndarray,
     vicinities: Mapping[str, Vicinity],
     n_perm: int,
@@ -56,13 +56,14 @@ def checks_table(
     """Residuals (n,) or (n, K), and fates against their replicates; several fates one after the other, with a column `fate`."""
     if seen.kind == KIND:
         parts = []
-        share, again = seen.shares, replicates / seen.weight[:, None, None]
+        share = seen.shares
         for k, name in enumerate(seen.names):
+            again = replicates[..., k] / seen.weight[:, None]  # of one fate at a time: replicates are many
             rows = _of_residuals(residuals[:, k], vicinities, n_perm, rng)
-            found = {"share": (share[:, k].mean(), again[..., k].mean(0), "cells")}
+            found = {"share": (share[:, k].mean(), again.mean(0), "cells")}
             if seen.weight.max() > 1:  # of a yes or no it goes by the share
-                found["standard deviation"] = share[:, k].std(), again[..., k].std(0), "cells"
-            found |= _patterns(share[:, k], again[..., k], vicinities)
+                found["standard deviation"] = share[:, k].std(), again.std(0), "cells"
+            found |= _patterns(share[:, k], again, vicinities)
             parts.append(pd.DataFrame([*rows, *_of_fates(found)], columns=list(COLUMNS)).assign(fate=name))
         return pd.concat(parts, ignore_index=True)
     y = seen.y
@@ -115,7 +116,7 @@ def _of_fates(found: Found) -> list[tuple[object, ...]]:
 
 
 def predictions_table(
-    predicted: Mapping[str, checks.Predicted], sets: Mapping[str, np.ndarray], seen: Observed
+    predicted: Mapping[str, checks.Predicted], sets: Mapping[str, np.ndarray], seen: Seen
 ) -> pd.DataFrame:
     """Proper scores of what was predicted for cells that were left out, and what frequencies alone would score."""
     rows = []
@@ -138,7 +139,7 @@ def predictions_table(
     return pd.DataFrame(rows)
 
 
-def calibration_table(predicted: Mapping[str, checks.Predicted], seen: Observed) -> pd.DataFrame:
+def calibration_table(predicted: Mapping[str, checks.Predicted], seen: Seen) -> pd.DataFrame:
     """How often it came true, by what was predicted; of several fates each against the rest."""
     rows = []
     weight, share = seen.weight, seen.shares

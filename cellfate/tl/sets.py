@@ -45,6 +45,20 @@ def clades(forest: Forest, leaf: np.ndarray, count: int) -> np.ndarray:
     return label[leaf]
 
 
+def merged(label: np.ndarray, leaf: np.ndarray, count: int) -> np.ndarray:
+    """Clades (n,), where there are more than `count`, joined with those beside them in the forest to about `count` sets of like size."""
+    _, part, size = np.unique(label, return_inverse=True, return_counts=True)
+    if len(size) <= count:
+        return label
+    first = np.full(len(size), leaf.max())
+    np.minimum.at(first, part, leaf)
+    order = np.argsort(first)  # a clade is a run of leaves
+    middle = size[order].cumsum() - size[order] / 2
+    joined = np.empty_like(size)
+    joined[order] = (middle * count / size.sum()).astype(np.int64)
+    return joined[part]
+
+
 def regions(coordinates: np.ndarray, specimen: np.ndarray, count: int) -> np.ndarray:
     """Cells in about `count` regions (n,), each within a specimen, by k-means with a seed of its own."""
     label, used = np.zeros(len(coordinates), dtype=np.int64), 0

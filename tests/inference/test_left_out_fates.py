@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.special import softmax
+from scipy.special import logsumexp, softmax
 
 import cellfate as cf
-from cellfate.inference.checks import _again, _each, _point, _without
+from cellfate.inference import checks
+from cellfate.inference.checks import Predicted, _again, _Average, _each, _point, _without
 from cellfate.inference.fates import Form
 from cellfate.inference.free_energy import evaluate
 from cellfate.inference.left_out_fates import cavity_of_cells, totals
@@ -161,11 +162,49 @@ def test_probabilities_of_a_normal_cell(levels, tries, paired):
             near(upto[i, k], stats.binom.cdf(seen[i, k], tries, drawn[:, k]))
 
 
+@pytest.mark.parametrize(("levels", "points"), [(2, 200_001), (3, 801)])
+def test_log_scores_of_counts_where_little_is_known(levels, points):
+    """Against a grid: counts that were expected, of one fate alone, and others than were expected at all."""
+    rng, h = np.random.default_rng(levels), contrasts(levels)
+    mean = np.array([[0.0, 1.0], [4.0, -3.0], [-6.0, 5.0]])[:, : levels - 1]
+    variance = np.array([[20.0, 20.0], [20.0, 8.0], [20.0, 30.0]])[:, : levels - 1]
+    axes = [np.linspace(-36, 36, points)] * (levels - 1)
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, levels - 1)
+    log_p = grid @ h.T
+    log_p -= logsumexp(log_p, axis=1, keepdims=True)
+    for tries in (2, 30, 300):
+        seen = rng.multinomial(tries, np.ones(levels) / levels, 3) + 0.0
+        seen[0] = tries * np.eye(levels)[0]
+        y, t = Categorical.outcome(seen)
+        outcome = Outcome(double(y), double(t), levels)
+        moments = double(mean.T.copy()).flatten(), double(variance.T.copy()).flatten()
+        found = Categorical().predictive(outcome, *moments)[0].numpy()
+        for i in range(3):
+            prior = stats.norm.logpdf(grid, mean[i], variance[i] ** 0.5).sum(1) + (levels - 1) * np.log(
+                72 / (points - 1)
+            )
+            ways = stats.multinomial.logpmf(seen[i], tries, np.ones(levels) / levels) + tries * np.log(levels)
+            assert found[i] == pytest.approx(logsumexp(prior + log_p @ seen[i]) + ways, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_counts_stay_whole(dtype):
+    rng = np.random.default_rng(0)
+    for levels, tries in ((3, 1), (5, 2000), (10, 100_000)):
+        seen = rng.multinomial(tries, rng.dirichlet(np.ones(levels)), 200)
+        y, t = (double(x).to(dtype) for x in Categorical.outcome(seen))
+        np.testing.assert_array_equal(Categorical.weights(Outcome(y, t, levels)).numpy(), seen)
+    soft = np.array([[1 - 3e-5, 3e-5]])  # and probabilities what they are
+    y, t = (double(x).to(dtype) for x in Categorical.outcome(soft))
+    np.testing.assert_allclose(Categorical.weights(Outcome(y, t, 2)).numpy(), soft, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "per fate", "contrasts"])
 def test_fates_drawn_again_are_those_of_the_posterior(kind):
     theta, options = kinds(3)[kind]
     point = fitted_at(*problem(3, counts=True), theta, **options)
     drawn = _again(point, 4000, np.random.default_rng(0))
+    assert drawn.dtype == np.uint8  # there are many of them
     assert drawn.shape == (30, 4000, 3)
     assert (drawn.sum(-1) == 4).all()
     assert (totals(point.model) == 4).all()
@@ -175,3 +214,44 @@ def test_fates_drawn_again_are_those_of_the_posterior(kind):
     z = (drawn.mean(1) - 4 * p.numpy()) / (drawn.std(1) / 4000**0.5)
     assert np.abs(z).max() < 4.5
     assert z.std() == pytest.approx(1, abs=0.3)
+
+
+def ordinal_point(n=40):
+    theta, rng = {**THETA, "gap_1": 0.8, "gap_2": 1.4}, np.random.default_rng(0)
+    y = rng.permutation(np.arange(n) % 4).astype(float)
+    glmm = cf.GLMM("ordinal", kernels(n)).on(y, np.ones((n, 1)))
+    model, engine, _ = glmm.problem
+    return _point(model, engine, glmm.rule, model.from_natural(theta)[0], 0)
+
+
+def test_levels_are_predicted_some_cells_at_a_time(monkeypatch):
+    point = ordinal_point()
+    assert point.own["gaps"] == pytest.approx([0.8, 1.4])
+    assert _again(point, 8, np.random.default_rng(0)).dtype == np.uint8
+    whole, sizes, at_nodes = _each(point), [], checks._at_nodes
+
+    def seen(point, mean, variance, cells):
+        sizes.append(len(cells))
+        return at_nodes(point, mean, variance, cells)
+
+    monkeypatch.setattr(checks, "_at_nodes", seen)
+    monkeypatch.setattr(checks, "NUMBERS", checks.NODES * 4 * 7)
+    parts = _each(point)
+    assert sizes == [7] * 5 + [5]
+    for name in ("log_p", "below", "upto", "mean"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("reweighted", [True, False])
+def test_draws_are_averaged_one_after_the_other(reweighted):
+    rng = np.random.default_rng(0)
+    log_p, share = rng.normal(0, 50, (6, 9)), rng.random((6, 9, 3))
+    average = _Average(reweighted=reweighted)
+    for p, x in zip(log_p, share, strict=True):
+        average.add(Predicted(p, x, x[:, 0], x[:, 1:]))
+    log_weight = -log_p if reweighted else np.zeros_like(log_p)
+    log_weight -= logsumexp(log_weight, axis=0)
+    mean = np.einsum("sn,snk->nk", np.exp(log_weight), share)
+    np.testing.assert_allclose(average.found.log_p, logsumexp(log_weight + log_p, axis=0), rtol=1e-12)
+    for found, expected in zip((average.found.below, average.found.upto), (mean, mean[:, 0]), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -5,7 +5,7 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 
 import cellfate as cf
 from cellfate import CellfateWarning, DataError
@@ -32,6 +32,14 @@ def test_points_are_those_of_the_tables(checked, tmp_path):
     table = table[table["over"].isin(["space", "tree"])]
     dots = [line.get_xdata()[0] for line in patterns.lines if line.get_marker() == "o"]
     np.testing.assert_allclose(dots, table["observed"][::-1])
+    bars = [c for c in patterns.collections if isinstance(c, LineCollection)]
+    # of residuals there is no lower end, and none is drawn
+    assert [len(bar.get_segments()) > 1 for bar in bars] == [not np.isfinite(x) for x in table["lower"][::-1]]
+    for bar, upper in zip(bars, table["upper"][::-1], strict=True):
+        assert bar.get_segments()[-1][-1][0] == pytest.approx(upper)
+        shade = bar.get_colors()[:, :3].sum(1)
+        assert (np.diff(shade) < 0).all()  # from the paper to the color
+    assert [text.get_text() for text in quantiles.get_legend().get_texts()] == ["95% of draws"]
     found = np.concatenate([c.get_offsets() for c in calibration.collections if isinstance(c, PathCollection)])
     assert set(np.round(found[:, 1], 9)) == set(np.round(cf.get.calibration(checked)["observed"], 9))
     plt.close("all")
@@ -66,7 +74,10 @@ def test_several_fates(family, n_fates, tmp_path):
     assert [tick.get_text() for tick in shares.get_yticklabels()] == list(of_shares["fate"])
     for ax, (_, rows) in zip(calibration, curves.groupby("left_out", sort=False), strict=True):
         found = np.concatenate([c.get_offsets() for c in ax.collections if isinstance(c, PathCollection)])
-        np.testing.assert_allclose(np.sort(found[:, 1]), np.sort(rows.loc[rows["cells"] >= 5, "observed"]))
+        kept = rows[rows["cells"] >= 5]
+        np.testing.assert_allclose(np.sort(found[:, 1]), np.sort(kept["observed"]))
+        joined = [len(line.get_xdata()) for line in ax.lines[1:] if line.get_linestyle() == "-"]
+        assert sorted(joined) == sorted(n for n in kept["fate"].value_counts() if n >= 4)
 
 
 def test_fates_without_tree_or_tissue():

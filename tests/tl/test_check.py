@@ -1,5 +1,7 @@
 """`cf.tl.check`: predictions against dense linear algebra, residuals that are normal where the model is right and not where it is wrong."""
 
+from types import SimpleNamespace
+
 import anndata
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from cellfate.io.again import OBJECTS
 from cellfate.kernels.base import unit_scale
 from cellfate.tl.check import _sets
 from cellfate.tl.fitted import fitted
-from cellfate.tl.sets import clades, regions
+from cellfate.tl.sets import clades, merged, regions
 from cellfate.trees.convert import to_forest
 from tests.problem import entries, random_newick
 
@@ -135,10 +137,43 @@ def test_sets_of_cells():
     stay = clades(clones, clones.nodes_of(names[:10]), 10)  # more than can be had: no clone is divided
     assert [len(set(stay[i])) for i in ([0, 1, 2, 3], [4, 5], [6], [7, 8, 9])] == [1, 1, 1, 1]
     assert len(np.unique(stay)) == 4
+    joined = merged(stay, clones.nodes_of(names[:10]), 2)
+    assert [len(set(joined[i])) for i in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9])] == [1, 1, 1]
+    assert len(np.unique(joined)) == 2
     specimen = np.repeat([0, 1], [40, 10])
     found = regions(rng.random((50, 2)), specimen, 5)
     assert len(np.unique(found)) == 5
     assert not set(found[:40]) & set(found[40:])
+
+
+@pytest.mark.parametrize("roots", [True, False])
+def test_many_clones_make_few_sets(roots):
+    """Clones beside each other are left out together, and none is divided; swapped are the cells of a single one."""
+    rng = np.random.default_rng(0)
+    clone = rng.permutation(np.r_[np.arange(300), rng.integers(0, 300, 600)])
+    names = [f"c{i}" for i in range(900)]
+    cells_of = ["(" + ",".join(np.array(names)[clone == k]) + ")" for k in range(300)]
+    trees = {f"t{k}": f"{newick};" for k, newick in enumerate(cells_of)} if roots else f"({','.join(cells_of)});"
+    forest = to_forest(trees)
+    leaf = forest.nodes_of(names)
+    own = clades(forest, leaf, 10)
+    assert ((own[:, None] == own) == (clone[:, None] == clone)).all()
+    cells = SimpleNamespace(forest=forest, leaf=leaf, coordinates=None)
+    label = _sets(cells, 10)["clade"]
+    sizes = np.bincount(label)
+    assert len(sizes) == 10
+    assert sizes.max() - sizes.min() <= 2 * np.bincount(clone).max()
+    assert all(len(set(label[clone == k])) == 1 for k in range(300))
+    assert (np.diff(label[np.argsort(leaf)]) >= 0).all()  # beside each other
+
+
+def test_a_star_has_no_clade_to_leave_out(caplog):
+    names = [f"c{i}" for i in range(70)]
+    forest = to_forest(f"({','.join(names)});")
+    cells = SimpleNamespace(forest=forest, leaf=forest.nodes_of(names), coordinates=None)
+    with caplog.at_level("INFO", logger="cellfate"):
+        assert not _sets(cells, 10)
+    assert "no clade is left out: all cells are in a single one" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 import cellfate as cf
 from cellfate.inference.checks import Predicted
-from cellfate.tl.check_tables import Observed, calibration_table, predictions_table
+from cellfate.tl.check_tables import Seen, calibration_table, predictions_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::cellfate.errors.CellfateWarning")
 
@@ -147,10 +147,19 @@ def test_residuals_of_all_fates_come_and_go(tmp_path):
     assert "cellfate_residual" not in part.obs
 
 
+def test_fates_are_told_apart():
+    adata = cf.datasets.simulate(50, family="categorical", rng=0)
+    adata.obs["fate"] = pd.Categorical.from_codes(adata.obs["fate"], ["a/b", "a_b", "c"])
+    checked(adata, draws=2, **held(1.0, 1.0))
+    assert list(adata.obsm["cellfate_residual"].columns) == ["a_b_", "a_b", "c"]
+    shares = cf.get.checks(adata).query("check == 'share of fates'").set_index("fate")["observed"]
+    assert shares["a_b"] == (adata.obs["fate"] == "a_b").mean()
+
+
 def predictions(kind, rng, n=40, levels=4):
     p = rng.dirichlet(np.ones(levels), n)
     y = np.array([rng.choice(levels, p=row) for row in p])
-    seen = Observed(kind, np.eye(levels)[y] if kind == "fates" else y, np.ones(n) if kind == "fates" else None, "abcd")
+    seen = Seen(kind, np.eye(levels)[y] if kind == "fates" else y, np.ones(n) if kind == "fates" else None, "abcd")
     return p, y, seen, {"cell": Predicted(np.log(p[np.arange(n), y]), p, p, p)}
 
 
