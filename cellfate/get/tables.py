@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cellfate import _keys
-from cellfate.errors import DataError
+from cellfate.errors import DataError, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 VARIANCE = ["variance", "variance_sd", "variance_lower", "variance_upper"]
 SHARE = ["share", "share_sd", "share_lower", "share_upper"]
 ROW = ["response", "component"]
+OF_THE_FATE = ("observation", "additive")
+SCALES = ("latent", "link", "realized", *OF_THE_FATE)
 
 
 def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -> pd.DataFrame:
@@ -46,13 +48,22 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     variances = _table(adata, key, _keys.COMPONENTS)
     scales = list(dict.fromkeys(variances["scale"]))
     if scale not in scales:
-        raise DataError(
-            f"scale {scale!r} is not in adata.uns[{key!r}][{_keys.COMPONENTS!r}]: this family has none of that kind. Use one of {scales}."
-        )
+        raise _no_scale(scale, scales, str(_results(adata, key)[_keys.PARAMS].get("family")))
     shares = _table(adata, key, _keys.SHARES)
     here = variances.loc[variances["scale"] == scale, [*ROW, *VARIANCE]]
     there = shares.loc[shares["scale"] == scale, [*ROW, *SHARE]]
     return here.merge(there, on=ROW, how="left", validate="one_to_one")
+
+
+def _no_scale(scale: str, scales: list[str], family: str) -> DataError:
+    """Why there are no rows of a scale, and which there are."""
+    if scale not in SCALES:
+        return unknown("scale", scale, scales)
+    if family == "gaussian" and scale in OF_THE_FATE:
+        return DataError(
+            f"a gaussian fate is measured on its latent scale: use scale='latent' for {scale!r}: it is the same."
+        )
+    return DataError(f"the fit, of family={family!r}, has no rows of scale {scale!r}. Use one of {scales}.")
 
 
 def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
@@ -266,6 +277,12 @@ def calibration(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Columns `left_out`, `predicted` (mean probability in a tenth of the range), `observed` (share), `cells` and `trials`. Of categorical
     and ordinal fates also `fate`: each against the rest.
     """
+    results = _results(adata, key)
+    if _keys.CHECKS in results and _keys.CALIBRATION not in results:
+        raise DataError(
+            f"calibration is there for fates with probabilities only (yes or no, tries, one of several, stages), and the fit under {key!r} is "
+            f"of family={str(results[_keys.PARAMS]['family'])!r}. See `cf.get.checks` and `cf.get.predictions`."
+        )
     return _later(adata, key, _keys.CALIBRATION, "check", "")
 
 
