@@ -33,7 +33,8 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     scale
         ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
         ``"realized"``: of the variance in these very cells what is each component's own, with what two of them explain alike, and
-        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field.
+        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field. It is negative
+        where they offset each other, and a share can then be above 1.
         ``"observation"``: first-order shares of the variance of the fate itself, with the `interaction` that a link makes.
         ``"additive"``: the same as far as a line follows the link, the additive variance of quantitative genetics; the rest of
         the mean is `nonlinear`. Of categorical fates the variance is the sum of those of all fates (Gini's index, what the Brier
@@ -242,9 +243,10 @@ def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Returns
     -------
     Columns `check`; `over`, ``"cells"``, ``"space"``, ``"tree"`` or ``"draws"``; `observed`; `expected` where the model is right, with
-    `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells; below is no pattern
-    that was missed), two-sided for what
-    is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole. The residuals of a yes or no, or of one
+    `lower` and `upper`, the 95% range of that; `p`. For "residuals are normal" `observed` is the Kolmogorov-Smirnov distance between the
+    distribution of the residuals and a standard normal, 0 where they agree, and `p` is of the test by that name. Moran's I of residuals is
+    one-sided, held against random orders of the cells: negative values are expected, because residuals of cells that are predicted from
+    each other repel; only values above `upper` matter. What is of the fates is two-sided, held against fates drawn again. The residuals of a yes or no, or of one
     fate out of several, are normal as soon as its probabilities are right on average: look at their Moran's I, and at
     :func:`calibration`. Of categorical and ordinal fates also `fate`, the one a row is about, empty where it is about all.
     """
@@ -369,7 +371,8 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
     `status`
         ``"converged"``, or every doubt about the fit; each was a warning, too.
     `pareto_k`
-        k-hat of the importance weights behind the draws: below 0.7 the intervals are to be trusted.
+        k-hat of the importance weights behind the draws, how heavy their tail is: below 0.7 the intervals are to be trusted, above it
+        they rest on few of the evaluated points, and their ends are rough.
     `effective_draws`
         How many independent draws the intervals are worth.
     `interpolation_error`
