@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".pdf", ".svg", ".eps", ".jpg", ".jpeg", ".tif", ".tiff")
 DEMO_TRUTH: dict[str, Any] = {"variance_lineage": 2.0, "variance_spatial": 1.0, "lengthscale": 0.5}
 ABSENT = argparse.SUPPRESS  # an option that is not given is not passed on: the defaults live in the API
+FIRST_ASK = "First ask whether there is anything to divide at all"
 MOST_ROWS = 40  # of a table of many responses on the screen
 
 
@@ -220,7 +221,7 @@ def demo(*, n: int, seed: int, figure: Path | None) -> None:
     )
     print(f"{n} simulated cells, one binary fate, a tree and positions inherited by half; fitted in {seconds:.1f} s\n")
     print(_columns(rows))
-    print(f"\n{cf.get.diagnostics(adata)['verdict']}")
+    _print_verdict(cf.get.diagnostics(adata)["verdict"])
     _draw(adata, figure, _keys.KEY)
 
 
@@ -387,6 +388,9 @@ def _print_many(adata: AnnData, key: str) -> None:
     print(
         f"\n{len(status)} fates: {failed} failed, {len(status) - failed - int((status == 'converged').sum())} in doubt"
     )
+    verdicts = cf.get.responses(adata, key).get("verdict")
+    if verdicts is not None and (weak := int(verdicts.astype(str).str.startswith("weak").sum())):
+        print(f"{weak} with a weak verdict. {FIRST_ASK} with cf.tl.test_components(adata).")
 
 
 def _print_tables(adata: AnnData, key: str) -> None:
@@ -412,8 +416,15 @@ def _print_tables(adata: AnnData, key: str) -> None:
     ]
     if shapes:
         print("\n" + _columns([("hyperparameter", "median", "95% interval"), *shapes]))
-    if verdict := diagnostics.get("verdict"):
+    _print_verdict(diagnostics.get("verdict"))
+
+
+def _print_verdict(verdict: str | None) -> None:
+    """And where it is weak, what to ask first."""
+    if verdict:
         print(f"\n{verdict}")
+    if verdict and verdict.startswith("weak"):
+        print(f"{FIRST_ASK} with cf.tl.test_components(adata).")
 
 
 def _component_rows(table: pd.DataFrame) -> list[tuple[str, ...]]:

@@ -330,7 +330,9 @@ def test_demo_prints_truth_beside_estimate(tmp_path, capsys):
     row = cf.get.components(adata).set_index("component").loc["lineage"]
     words = next(line for line in out.splitlines() if line.startswith("variance lineage")).split()
     interval = f"[{cli._short(row.variance_lower)}, {cli._short(row.variance_upper)}]".split()
-    assert out.rstrip().endswith(cf.get.diagnostics(adata)["verdict"])
+    verdict = cf.get.diagnostics(adata)["verdict"]
+    assert verdict.startswith("weak")
+    assert out.rstrip().endswith(f"{verdict}\n{cli.FIRST_ASK} with cf.tl.test_components(adata).")
     assert words == ["variance", "lineage", cli._short(2.0), cli._short(row.variance), *interval]
 
 

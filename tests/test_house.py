@@ -121,3 +121,10 @@ def test_every_face_is_there():
     assert set(cellfate.__all__) <= set(dir(cellfate))
     with pytest.raises(AttributeError, match="no attribute 'glm'"):
         _ = cellfate.glm
+
+
+@pytest.mark.parametrize("face", ["datasets", "get", "pl", "pp", "tl"])
+def test_a_face_shows_functions_only(face):
+    module = getattr(cellfate, face)
+    assert dir(module) == sorted(module.__all__)
+    assert all(callable(getattr(module, name)) for name in dir(module))

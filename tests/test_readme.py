@@ -28,6 +28,7 @@ def test_ci_runs_the_commands_of_the_readme():
     assert f"readme_test() {{ {test}; }}" in ci
 
 
+@pytest.mark.filterwarnings("ignore:elpd_loo of:cellfate.errors.CellfateWarning")  # the README says so
 def test_the_quick_start_runs_and_gives_what_it_says():
     (code, *more), (text,) = blocks("python"), blocks("text")
     names = {}

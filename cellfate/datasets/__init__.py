@@ -25,3 +25,7 @@ __all__ = [
     "mouse_blastocysts",
     "simulate",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

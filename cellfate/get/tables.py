@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cellfate import _keys
-from cellfate.errors import DataError
+from cellfate.errors import DataError, unknown
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 VARIANCE = ["variance", "variance_sd", "variance_lower", "variance_upper"]
 SHARE = ["share", "share_sd", "share_lower", "share_upper"]
 ROW = ["response", "component"]
+OF_THE_FATE = ("observation", "additive")
+SCALES = ("latent", "link", "realized", *OF_THE_FATE)
 
 
 def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -> pd.DataFrame:
@@ -31,7 +33,8 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     scale
         ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
         ``"realized"``: of the variance in these very cells what is each component's own, with what two of them explain alike, and
-        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field.
+        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field. It is negative
+        where they offset each other, and a share can then be above 1.
         ``"observation"``: first-order shares of the variance of the fate itself, with the `interaction` that a link makes.
         ``"additive"``: the same as far as a line follows the link, the additive variance of quantitative genetics; the rest of
         the mean is `nonlinear`. Of categorical fates the variance is the sum of those of all fates (Gini's index, what the Brier
@@ -46,13 +49,22 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     variances = _table(adata, key, _keys.COMPONENTS)
     scales = list(dict.fromkeys(variances["scale"]))
     if scale not in scales:
-        raise DataError(
-            f"scale {scale!r} is not in adata.uns[{key!r}][{_keys.COMPONENTS!r}]: this family has none of that kind. Use one of {scales}."
-        )
+        raise _no_scale(scale, scales, str(_results(adata, key)[_keys.PARAMS].get("family")))
     shares = _table(adata, key, _keys.SHARES)
     here = variances.loc[variances["scale"] == scale, [*ROW, *VARIANCE]]
     there = shares.loc[shares["scale"] == scale, [*ROW, *SHARE]]
     return here.merge(there, on=ROW, how="left", validate="one_to_one")
+
+
+def _no_scale(scale: str, scales: list[str], family: str) -> DataError:
+    """Why there are no rows of a scale, and which there are."""
+    if scale not in SCALES:
+        return unknown("scale", scale, scales)
+    if family == "gaussian" and scale in OF_THE_FATE:
+        return DataError(
+            f"a gaussian fate is measured on its latent scale: use scale='latent' for {scale!r}: it is the same."
+        )
+    return DataError(f"the fit, of family={family!r}, has no rows of scale {scale!r}. Use one of {scales}.")
 
 
 def draws(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
@@ -231,9 +243,10 @@ def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Returns
     -------
     Columns `check`; `over`, ``"cells"``, ``"space"``, ``"tree"`` or ``"draws"``; `observed`; `expected` where the model is right, with
-    `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells; below is no pattern
-    that was missed), two-sided for what
-    is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole. The residuals of a yes or no, or of one
+    `lower` and `upper`, the 95% range of that; `p`. For "residuals are normal" `observed` is the Kolmogorov-Smirnov distance between the
+    distribution of the residuals and a standard normal, 0 where they agree, and `p` is of the test by that name. Moran's I of residuals is
+    one-sided, held against random orders of the cells: negative values are expected, because residuals of cells that are predicted from
+    each other repel; only values above `upper` matter. What is of the fates is two-sided, held against fates drawn again. The residuals of a yes or no, or of one
     fate out of several, are normal as soon as its probabilities are right on average: look at their Moran's I, and at
     :func:`calibration`. Of categorical and ordinal fates also `fate`, the one a row is about, empty where it is about all.
     """
@@ -266,6 +279,12 @@ def calibration(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     Columns `left_out`, `predicted` (mean probability in a tenth of the range), `observed` (share), `cells` and `trials`. Of categorical
     and ordinal fates also `fate`: each against the rest.
     """
+    results = _results(adata, key)
+    if _keys.CHECKS in results and _keys.CALIBRATION not in results:
+        raise DataError(
+            f"calibration is there for fates with probabilities only (yes or no, tries, one of several, stages), and the fit under {key!r} is "
+            f"of family={str(results[_keys.PARAMS]['family'])!r}. See `cf.get.checks` and `cf.get.predictions`."
+        )
     return _later(adata, key, _keys.CALIBRATION, "check", "")
 
 
@@ -352,7 +371,8 @@ def diagnostics(adata: AnnData, key: str = _keys.KEY) -> dict[str, Any]:
     `status`
         ``"converged"``, or every doubt about the fit; each was a warning, too.
     `pareto_k`
-        k-hat of the importance weights behind the draws: below 0.7 the intervals are to be trusted.
+        k-hat of the importance weights behind the draws, how heavy their tail is: below 0.7 the intervals are to be trusted, above it
+        they rest on few of the evaluated points, and their ends are rough.
     `effective_draws`
         How many independent draws the intervals are worth.
     `interpolation_error`

@@ -49,6 +49,14 @@ ROUNDS = 3  # of proposals
 LEAST = 4  # points per coordinate and one more, without which nothing is interpolated
 
 
+def too_large(k: float) -> str:
+    """A k-hat beyond the largest in words, with so many digits that it is seen to be: 0.7004, not 0.70."""
+    digits = 2
+    while float(f"{k:.{digits}f}") <= LARGEST_K < k:
+        digits += 1
+    return f"{k:.{digits}f}, above {LARGEST_K}"
+
+
 @dataclass(frozen=True)
 class Hyperposterior:
     """Draws of hyperparameters and fixed effects, and what was integrated over them.

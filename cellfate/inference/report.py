@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from cellfate._runtime import warn
 from cellfate.inference import fates
 from cellfate.inference.arrays import term_names
-from cellfate.inference.hyperposterior import LARGEST_K, USELESS, Hyperposterior
+from cellfate.inference.hyperposterior import LARGEST_K, USELESS, Hyperposterior, too_large
 from cellfate.inference.mode import Mode
 from cellfate.model.glmm import FIXED, Model
 from cellfate.model.partition import LATENT, divided, partition, rows, summary
@@ -128,9 +128,7 @@ def doubts_of(
     if not mode.converged:
         doubts.append(f"the search for the mode stopped early ({mode.message})")
     if posterior.pareto_k > LARGEST_K:
-        doubts.append(
-            f"k-hat is {posterior.pareto_k:.2f}, above {LARGEST_K}: the intervals rest on few of the evaluated points"
-        )
+        doubts.append(f"k-hat is {too_large(posterior.pareto_k)}: the intervals rest on few of the evaluated points")
     if posterior.interpolation_error > USELESS:
         doubts.append(
             f"the log posterior is too rough to be interpolated between {posterior.evaluations} points, which are used alone"

@@ -20,13 +20,29 @@ if TYPE_CHECKING:
 
     from cellfate.inference.fit import GLMMFit
 
+OTHERS = (_keys.SPATIAL, "neighbors", "spatial_neighbors")  # of `uns`, as scanpy and squidpy call them
 FEW_DRAWS = 200  # kept of each response, where there are many
 
 
 def check_name(key: Any) -> None:
-    """Is this a name that a file can hold?"""
+    """Is this a name that a file can hold, and that other packages do not use?"""
     if not isinstance(key, str) or not key or "/" in key:
         raise DataError(f"key_added is {key!r}, wanted a name without '/'.")
+    if key in OTHERS:
+        raise DataError(
+            f"key_added is {key!r}, where other packages keep their own (images of tissue, settings of neighbor graphs). Choose another name."
+        )
+
+
+def check_no_other(adata: AnnData, key: Any, mark: str, what: str) -> None:
+    """Refuse a `key_added` under which there is something else than an earlier table, known by its column `mark`."""
+    check_name(key)
+    held = adata.uns.get(key)
+    if held is not None and not (isinstance(held, pd.DataFrame) and mark in held):
+        raise DataError(
+            f"adata.uns[{key!r}] holds a {type(held).__name__} that is no table {what} and would be overwritten. "
+            "Choose another key_added, or remove it."
+        )
 
 
 LATER = (  # tables that tools add to a fit

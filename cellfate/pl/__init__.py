@@ -8,3 +8,7 @@ from cellfate.pl.residuals import residuals
 from cellfate.pl.variance_shares import variance_shares
 
 __all__ = ["compare", "effects", "identifiability", "posterior", "residuals", "variance_shares"]
+
+
+def __dir__() -> list[str]:
+    return __all__

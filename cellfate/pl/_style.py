@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellfate.errors import DataError
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -95,6 +97,14 @@ def colors(components: Sequence[str]) -> dict[str, str]:
     return out
 
 
+def pale(color: str) -> str:
+    """The color of what is not to be relied on: most of the way to white."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    r, g, b = (x + PALEST * (1 - x) for x in to_rgb(color))
+    return to_hex((r, g, b))
+
+
 def fate_colors(fates: Sequence[str], *, ordered: bool = False) -> dict[str, str]:
     """Return the color of each fate: levels in an order go from light to dark, and so do all where they are too many to be told apart."""
     from matplotlib import colormaps
@@ -154,9 +164,8 @@ def one_response(of_rows: pd.Series, wanted: str | None) -> str:
     if wanted is None and len(found) == 1:
         return found[0]
     if wanted not in found:
-        raise ValueError(
-            f"response is {wanted!r}: name one of the {len(found)} responses of the fit, such as {found[:3]}."
-        )
+        given = "one of many is drawn" if wanted is None else f"there is no response {wanted!r}"
+        raise DataError(f"{given}: name one of the {len(found)} responses of the fit, such as response={found[0]!r}.")
     return str(wanted)
 
 
@@ -164,6 +173,11 @@ def finish(figure: Figure, *, given_ax: bool, show: bool | None, save: str | Pat
     """Save and show as asked; without being asked, show only where there is a screen and the figure is ours."""
     if save is not None:
         path = Path(save)
+        known = sorted(figure.canvas.get_supported_filetypes())
+        if path.suffix and path.suffix[1:].lower() not in known:
+            raise DataError(
+                f"save is {str(save)!r}: a figure ends in one of {', '.join(f'.{kind}' for kind in known)}."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DPI, bbox_inches="tight" if given_ax else None)  # ours are laid out to their size
     if show is None:

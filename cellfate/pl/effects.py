@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
 
 MOST = 12  # specimens drawn unasked,
+LONGEST_LEVEL, LONGEST_LABEL = 16, 54  # letters of a level, and of all a label, in a column
 PANELS = 36  # and fewer where with all components that would be more panels
 
 
 def effects(
     adata: AnnData,
-    components: Sequence[str] | None = None,
-    *,
     key: str = _keys.KEY,
+    *,
+    components: str | Sequence[str] | None = None,
     basis: str = _keys.SPATIAL,
     dims: Sequence[int] | None = None,
     library_key: str | None = None,
@@ -37,7 +38,7 @@ def effects(
     size: float | None = None,
     vmax: float | None = None,
     common_scale: bool = True,
-    ncols: int = 4,
+    ncols: int | None = None,
     units: str = "",
     ax: Axes | Sequence[Axes] | None = None,
     show: bool | None = None,
@@ -47,15 +48,16 @@ def effects(
 
     Needs :func:`cellfate.tl.decompose`. Red pushes the linear predictor up, blue down; cells that were left out of the
     fit are grey. All panels have one map scale and, by default, one color scale: a pale component is a small one.
-    Specimens are small multiples, one block of panels per component.
+    Specimens are small multiples, one block of panels per component. Of categorical fates there is a column of panels for each fate, and
+    a row for each component and specimen.
 
     Parameters
     ----------
-    components
-        Which components; by default lineage, spatial and groups, as far as the fit has them and they vary within
-        specimens. What is constant in each specimen, such as its own intercept, says nothing as a map.
     key
         The `key_added` of the fit.
+    components
+        Which components, of categorical fates `lineage` for all of `lineage[<fate>]`; by default lineage, spatial and groups, as far as the fit has them and they vary within
+        specimens. What is constant in each specimen, such as its own intercept, says nothing as a map.
     basis
         Key of `adata.obsm` with the coordinates.
     dims
@@ -71,9 +73,9 @@ def effects(
     vmax
         End of the color scale; by default the 99th percentile of the absolute effects.
     common_scale
-        One color scale for all components; else each component has its own, to show the pattern of a small one.
+        One color scale for all components; else each component has its own (for all fates), to show the pattern of a small one.
     ncols
-        Most panels in a row; fewer where long names need the room.
+        Most panels in a row, by default four, or as many as there are fates; fewer where long names need the room.
     units
         What one unit of the coordinates is, for the scale bar: ``"µm"``. By default it is a bare number.
     ax
@@ -93,12 +95,17 @@ def effects(
     xyz = _coordinates(adata, basis, dims)
     components = _components(table, components, adata.obs.get(library_key) if library_key else None)
     specimens = _specimens(adata, library_key, specimen, min(MOST, max(1, PANELS // len(components))))
+    fates = _fates(components)
+    bases = list(dict.fromkeys(_base(c) for c in components)) if fates else components
+    blocks = [[f"{base}[{fate}]" for fate in fates] for base in bases] if fates else [[c] for c in components]
     panels = [
         Panel(c, name, xyz[rows], table[f"{c}_mean"].to_numpy(dtype=float)[rows])
-        for c in components
+        for block in blocks
         for name, rows in specimens
+        for c in block
     ]
-    groups = [0 if common_scale else components.index(p.component) for p in panels]  # panels of one color scale
+    of = {c: k for k, block in enumerate(blocks) for c in block}
+    groups = [0 if common_scale else of[p.component] for p in panels]  # panels of one color scale
     pooled = [
         np.concatenate([p.value for p, g in zip(panels, groups, strict=True) if g == h]) for h in dict.fromkeys(groups)
     ]
@@ -109,14 +116,15 @@ def effects(
         sheet = None
         half = _half(panels, flat)
         if ax is None:
-            per_block = len(specimens) if len(specimens) > 1 else len(panels)
-            sheet = _sheet(panels, groups, half, per_block, ncols)
+            per_block = len(fates) or (len(specimens) if len(specimens) > 1 else len(panels))
+            sheet = _sheet(panels, groups, half, per_block, ncols or max(4, len(fates)))
         axes = _given(ax, panels, flat) if sheet is None else _place(sheet, half)
         drawn = _draw(axes, sheet, panels, half, limits=[limits[g] for g in groups], size=size)
         _mark(axes, sheet, panels, half, names, units)
         if sheet is not None:
             response = str(get.components(adata, key)["response"].iloc[0])
-            label = f"posterior mean effect ({_style.link_units(params, response)})"
+            label = f"posterior mean effect ({_style.link_units(params, response)}{_towards(params)})"
+            label = label if len(label) <= LONGEST_LABEL else label.removeprefix("posterior ")
             beyond = [np.nanmax(np.abs(v), initial=0.0) > limit for v, limit in zip(pooled, limits, strict=True)]
             firsts = [drawn[groups.index(g)] for g in dict.fromkeys(groups)]
             color_bars(_style.figure_of(axes[0]), sheet, firsts, beyond, label)
@@ -127,14 +135,45 @@ def effects(
 def _components(table: pd.DataFrame, wanted: Sequence[str] | None, library: pd.Series | None) -> list[str]:
     found = [c.removesuffix("_mean") for c in table.columns if c.endswith("_mean")]
     if wanted is None:
-        vary = [c for c in found if _varies(table[f"{c}_mean"], library)] or found
+        moving = {_base(c) for c in found if _varies(table[f"{c}_mean"], library)}  # if of one fate, of all
+        vary = [c for c in found if _base(c) in moving] or found
         if constant := [c for c in found if c not in vary]:
             logger.info("%s: the same in all cells of a specimen, not drawn unless asked for", ", ".join(constant))
         return vary
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    wanted = [c for one in wanted for c in ([one] if one in found else _of_fates(found, one) or [one])]
     if unknown := [c for c in wanted if c not in found]:
         raise ValueError(f"The fit has no effects of {unknown}: use some of {found}.")
     return wanted
+
+
+def _base(component: str) -> str:
+    return component.split("[")[0] if component.endswith("]") else component
+
+
+def _of_fates(found: list[str], base: str) -> list[str]:
+    """The components of single fates that make up one, `lineage[<fate>]`."""
+    return [c for c in found if c != base and _base(c) == base]
+
+
+def _fates(components: list[str]) -> list[str]:
+    """The fates that every component has an effect on each of, in their order; empty where there are none."""
+    each: dict[str, list[str]] = {}
+    for c in components:
+        each.setdefault(_base(c), []).append(c[len(_base(c)) + 1 : -1])
+    first = next(iter(each.values()))
+    return first if len(first) > 1 and all(own == first and all(own) for own in each.values()) else []
+
+
+def _towards(params: dict[str, Any]) -> str:
+    """Which fate is up: of two levels that were text the second, of several the one of the panel."""
+    if params.get("family") == "categorical":
+        return "; red: towards that fate"
+    levels = [str(level) for level in params.get("levels", [])]
+    if len(levels) != 2 or params.get("family") not in ("bernoulli", "binomial"):
+        return ""
+    up = levels[1] if len(levels[1]) <= LONGEST_LEVEL else f"{levels[1][: LONGEST_LEVEL - 1]}…"
+    return f"; red: towards {up}"
 
 
 def _varies(effect: pd.Series, library: pd.Series | None) -> bool:

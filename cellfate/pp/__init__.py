@@ -5,3 +5,7 @@ from cellfate.pp.set_tree import set_tree
 from cellfate.pp.within_between import within_between
 
 __all__ = ["identifiability", "set_tree", "within_between"]
+
+
+def __dir__() -> list[str]:
+    return __all__

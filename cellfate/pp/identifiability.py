@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 
 from cellfate import _keys
-from cellfate._runtime import progress, resolve_device
+from cellfate._runtime import logger, progress, resolve_device
 from cellfate.engines.choose import choose
 from cellfate.errors import DataError, unknown
 from cellfate.inference.identifiability import PAIR, expected
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
-from cellfate.io.store import own
+from cellfate.io.store import check_no_other, own
 from cellfate.kernels.base import Component
 from cellfate.kernels.lineage import LINEAGE_KERNELS
 from cellfate.kernels.spatial import SPATIAL_KERNELS
@@ -77,7 +77,7 @@ def identifiability(
     lengthscales
         Length-scales to look at, in the units of the coordinates. By default four between the distance of neighbors and the extent.
     key_added
-        Where in `adata.uns` the table goes.
+        Where in `adata.uns` the table goes. An earlier one of that name is replaced, anything else is refused.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -107,6 +107,7 @@ def identifiability(
     np.True_
     """
     check_adata(adata)
+    check_no_other(adata, key_added, "verdict", "of identifiability")
     if lineage is None or spatial is None:
         raise DataError("identifiability is about ancestry and neighborhood: give both a tree and coordinates.")
     if family not in FAMILIES:
@@ -156,6 +157,7 @@ def identifiability(
     data = Data(Outcome(y, total), torch.ones_like(y)[:, None], ("Intercept",), zero.to(on))
     model = Model(get_family(family, None), components, data, {"beta": ("normal", 10.0)})
     precision = _precision(family, mean, assumed, trials)
+    logger.info("assumed: %s", _assumed(family, mean, trials, assumed))
     engine, _ = choose("auto", components, cells.n, device=on, dtype=torch.float64, rank=rank)
     rows = []
     for scale in progress(scales, desc="length-scales", unit="length-scale"):
@@ -181,6 +183,19 @@ def _variances(given: Mapping[str, float] | None, family: str) -> dict[str, floa
     if wrong:
         raise DataError(f"variances has {wrong}, wanted positive numbers for {known}.")
     return assumed
+
+
+def _assumed(family: str, mean: float | None, trials: int | None, assumed: Mapping[str, float]) -> str:
+    """What was taken for granted, in words."""
+    at = FAMILIES[family] if mean is None else mean
+    said = {
+        "bernoulli": f"one yes or no per cell, {at:g} of them yes",
+        "binomial": f"{trials} tries per cell, {at:g} of them a success",
+        "poisson": f"a count per cell, {at:g} in the mean",
+        "gaussian": "a measurement per cell",
+    }[family]
+    variances = ", ".join(f"{name} {value:g}" for name, value in assumed.items())
+    return f"{said}; variances {variances} (other fates by family, trials, mean, variances)"
 
 
 def _precision(family: str, mean: float | None, assumed: Mapping[str, float], trials: int | None = None) -> float:

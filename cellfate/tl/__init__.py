@@ -25,3 +25,7 @@ __all__ = [
     "prior_sensitivity",
     "test_components",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

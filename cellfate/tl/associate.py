@@ -18,13 +18,14 @@ from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
 from cellfate.io.store import write_table
-from cellfate.tl.fitted import fitted
+from cellfate.tl.fitted import check_there, fitted
 
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
 
-CALIBRATED = (0.9, 1.1)  # lambda within which nothing is said
+FEWEST = 20  # covariates, of which a median says something
+CALIBRATED, MANY = (0.9, 1.1), 100  # lambda within which, and covariates below which, nothing is said of it
 
 
 def associate(
@@ -86,11 +87,7 @@ def associate(
     check_adata(adata)
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
-    if fit.glmm.family.name == "categorical" or not fit.glmm.reml:
-        raise NotImplementedError(
-            "associations are not there yet for fits with reml=False, nor for family='categorical'. Fit with reml=True, and ask about one fate "
-            "at a time with family='bernoulli'."
-        )
+    check_there(fit, "associations")
     found = find_fates(
         adata, covariates, layer=layer, min_cells=min_cells, kind="real", trials=None, kept=fit.cells.kept
     )
@@ -118,13 +115,18 @@ def associate(
     known = table["p"].notna()
     if known.any():
         table.loc[known, "q"] = false_discovery_control(table.loc[known, "p"])
-        spread = inflation(table.loc[known, "z"].to_numpy())
-        said = (
-            ""
-            if CALIBRATED[0] <= spread <= CALIBRATED[1] or known.sum() < 100
-            else ": the fate goes with many of them, or the model misses something"
-        )
-        logger.info("%d covariates, lambda %.2f%s", int(known.sum()), spread, said)
+        _say_spread(table.loc[known, "z"].to_numpy())
     adata = adata.copy() if copy else adata
     write_table(adata, key, _keys.ASSOCIATIONS, table)
     return adata if copy else None
+
+
+def _say_spread(z: np.ndarray) -> None:
+    """How many there were, and lambda where they are enough for it."""
+    if len(z) < FEWEST:
+        logger.info("%d covariate%s tested", len(z), "" if len(z) == 1 else "s")
+        return
+    spread, said = inflation(z), ""
+    if len(z) >= MANY and not CALIBRATED[0] <= spread <= CALIBRATED[1]:
+        said = ": the fate goes with many of them, or the model misses something"
+    logger.info("%d covariates, lambda %.2f%s", len(z), spread, said)

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from cellfate import _keys
+from cellfate import _keys, get
 from cellfate._runtime import SeedLike, generator, logger, named_generator, progress
 from cellfate.engines.choose import choose
 from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.arrays import check_single_cells
-from cellfate.inference.hyperposterior import LARGEST_K
+from cellfate.inference.hyperposterior import LARGEST_K, too_large
 from cellfate.inference.levels import Alike, LevelFit, alike, component_at, fit_level, model_of_level
 from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata, check_present, column, factorize
@@ -29,7 +29,7 @@ from cellfate.kernels.lineage import Clone, LineageKernel
 from cellfate.model.checks import check_levels, check_response
 from cellfate.model.partition import summary
 from cellfate.tl.components import COARSE
-from cellfate.tl.fitted import Fitted, fitted
+from cellfate.tl.fitted import Fitted, check_there, fitted
 from cellfate.trees.forest import examples
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FEWEST = 20  # cells of a level
-WITHOUT = ("categorical",)
 EVIDENCE = (
     (5.0, "very strong"),
     (3.0, "strong"),
@@ -126,12 +125,7 @@ def by_condition(
     check_adata(adata)
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
-    if fit.glmm.family.name in WITHOUT or not fit.glmm.reml:
-        raise NotImplementedError(
-            f"comparisons of conditions are not there yet for fits with reml=False, nor for family='categorical', and the fit under "
-            f"{key!r} has family={fit.glmm.family.name!r}, reml={fit.glmm.reml}. Fit with reml=True, and ask about one fate at a time with "
-            "family='bernoulli'."
-        )
+    check_there(fit, "comparisons of conditions")
     codes, names = _levels(adata, condition, fit)
     shared = _shared(fit, codes)
     if shared:
@@ -141,6 +135,15 @@ def by_condition(
             CellfateWarning,
             stacklevel=2,
         )
+    elif fit.cells.n_specimens == len(names) and all(
+        np.ptp(fit.cells.specimen[codes == k]) == 0 for k in range(len(names))
+    ):
+        logger.info(
+            "each level of obs[%r] is one specimen: what differs between specimens and what %r does are then one, and cannot be told apart",
+            condition,
+            condition,
+        )
+    _say_replaced(adata, key)
     stream = generator(rng)
     seed, found = int(stream.integers(2**62)), {}
     for code, name in enumerate(progress(names, desc="conditions", unit="level")):
@@ -167,6 +170,13 @@ def by_condition(
     for name, table in tables.items():
         write_table(adata, key, name, table)
     return adata if copy else None
+
+
+def _say_replaced(adata: AnnData, key: str) -> None:
+    """An earlier comparison under this fit goes, and the log says which."""
+    if _keys.CONDITION_EVIDENCE in adata.uns[key]:
+        (before,) = get.condition_evidence(adata, key)["condition"]
+        logger.info("the comparison by %r under %r is replaced; a fit under another key_added keeps both", before, key)
 
 
 # --- the levels -----------------------------------------------------------------------------------------------------------
@@ -356,9 +366,7 @@ def _evidence(condition: str, found: Mapping[str, LevelFit], together: Alike, do
     factor = apart - together.log_evidence
     said = [doubt, *(f"{name}: {level.status}" for name, level in found.items() if level.status != "converged")]
     if together.pareto_k > LARGEST_K:
-        said.append(
-            f"k-hat of the integral over one set of hyperparameters is {together.pareto_k:.2f}, above {LARGEST_K}"
-        )
+        said.append(f"k-hat of the integral over one set of hyperparameters is {too_large(together.pareto_k)}")
     if not doubt and not np.isfinite(factor):
         said.append("a flat prior has no evidence, or a number overflowed")
     row = {

@@ -68,8 +68,8 @@ def check(
     from the rest of the cells, which is harder than a single cell among its kin, and what a fate of a new clone or a new section would be
     like.
 
-    Nothing is fitted again. Without a cell, or a set, the posterior is taken to be the one without its sites, at the hyperparameters of
-    the fit.
+    Nothing is fitted again. A fit holds for each cell a Gaussian that stands for what its fate says (its site). Where a cell, or a set, is
+    left out, its sites are taken out of the posterior, and the hyperparameters stay those of the fit.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ import pandas as pd
 
 from cellfate import _keys
 from cellfate._runtime import SeedLike, generator, logger
-from cellfate.errors import DataError
+from cellfate.errors import CellfateWarning, DataError
 from cellfate.inference.fit import GLMM
-from cellfate.inference.hyperposterior import LARGEST_K
+from cellfate.inference.hyperposterior import LARGEST_K, too_large
 from cellfate.inference.loo import error_of, leave_one_out
 from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
@@ -21,7 +22,7 @@ from cellfate.kernels.base import Component
 from cellfate.kernels.groups import Intercepts
 from cellfate.kernels.product import Product
 from cellfate.tl.components import INTERACTION
-from cellfate.tl.fitted import Fitted, fitted
+from cellfate.tl.fitted import Fitted, check_there, fitted
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 NONE, BOTH = "none", "lineage + spatial"
 PAIR = ("lineage", "spatial")
 NOTHING = 1e-4  # sd of a component that stands for none
-WITHOUT = ("categorical",)
 
 
 def compare(
@@ -54,7 +54,7 @@ def compare(
     Each is fitted anew to the cells of the fit under `key`, with its other components (groups, niche, ...), fixed effects and priors.
     The evidence integrates over everything and so counts what a component costs; it depends on the priors. Leaving one cell out asks
     whether its relatives and neighbors predict it (Vehtari, Gelman & Gabry 2017). AIC and BIC are those of the free energy at the
-    posterior mode, fixed effects integrated out.
+    posterior mode, fixed effects integrated out. Where k-hat of leaving cells out is above 0.7, a warning says so.
 
     Parameters
     ----------
@@ -89,11 +89,7 @@ def compare(
     check_adata(adata)
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit = fitted(adata, key, handed, device)
-    if fit.glmm.family.name in WITHOUT or not fit.glmm.reml:
-        raise NotImplementedError(
-            "comparisons are not there yet for fits with reml=False, nor for family='categorical'. Fit with reml=True, and ask about one fate "
-            "at a time with family='bernoulli'."
-        )
+    check_there(fit, "comparisons of models")
     stream, rows, each = generator(rng), [], {}
     for name, components in _models(fit, interaction).items():
         glmm, found = _fit(fit, components, stream)
@@ -114,6 +110,14 @@ def compare(
         )
         logger.info("%s: log evidence %.2f, elpd of cells left out %.2f", name, found.log_evidence, loo.total)
     table = _table(pd.DataFrame(rows), each)
+    rough = table.loc[table["pareto_k"] > LARGEST_K, "model"]
+    if len(rough):
+        warnings.warn(
+            f"elpd_loo of {len(rough)} of {len(table)} models ({', '.join(rough)}) is rough: k-hat of leaving cells out is "
+            f"{too_large(float(table['pareto_k'].max()))}. Go by the evidence there, or by larger differences.",
+            CellfateWarning,
+            stacklevel=2,
+        )
     adata = adata.copy() if copy else adata
     write_table(adata, key, _keys.COMPARISON, table)
     return adata if copy else None
@@ -123,7 +127,7 @@ def _status(of_fit: str, pareto_k: float) -> str:
     """Doubts about a fit, and about leaving its cells out."""
     if not pareto_k > LARGEST_K:
         return of_fit
-    doubt = f"k-hat of leaving cells out is {pareto_k:.2f}, above {LARGEST_K}: elpd_loo is rough"
+    doubt = f"k-hat of leaving cells out is {too_large(pareto_k)}: elpd_loo is rough"
     return doubt if of_fit == "converged" else f"{of_fit}; {doubt}"
 
 

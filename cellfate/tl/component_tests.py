@@ -29,7 +29,7 @@ from cellfate.io.many import Fates
 from cellfate.io.store import write_table
 from cellfate.kernels.base import Component
 from cellfate.model.glmm import Model
-from cellfate.tl.fitted import Fitted, fitted_all
+from cellfate.tl.fitted import Fitted, check_there, fitted_all
 from cellfate.tl.sets import clades, neighborhoods
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 METHODS = ("score", "likelihood_ratio", "bootstrap", "permutation")
-WITHOUT = ("categorical",)
 SWAPPED = 6  # cells of a set within which they are swapped, on average
 MOST_SWAPPED = 8  # of a neighborhood
 
@@ -113,12 +112,11 @@ def test_components(
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
     fit, fates = fitted_all(adata, key, handed, device)
     family = fit.glmm.family
-    if family.name in WITHOUT or (method == "bootstrap" and family.kind not in DRAWABLE):
+    check_there(fit, "tests of components")
+    if method == "bootstrap" and family.kind not in DRAWABLE:
         raise NotImplementedError(
-            f"method={method!r} is not there yet for family={family.name!r}. Ask about one fate at a time with family='bernoulli'."
+            f"method='bootstrap' draws fates again, which is not there yet for family={family.name!r}. Take method='score'."
         )
-    if not fit.glmm.reml:
-        raise NotImplementedError("tests are not there yet for fits with reml=False. Fit with reml=True.")
     names = _names(fit, components)
     sets = {name: _sets(fit, name) for name in names} if method == "permutation" else {}
     seed, rows = int(generator(rng).integers(2**63)), []

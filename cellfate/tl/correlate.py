@@ -18,7 +18,7 @@ from cellfate.inference.fit import GLMM
 from cellfate.io.anndata import read_cells
 from cellfate.io.columns import check_adata
 from cellfate.io.many import find_fates
-from cellfate.io.store import check_name, own
+from cellfate.io.store import check_no_other, own
 from cellfate.tl.components import check_kernels, components_of
 from cellfate.trees.forest import examples
 
@@ -50,6 +50,8 @@ def correlate(
     Each fate is fitted by itself; then, for each pair, the correlations of their effects are found with everything else held at the
     two modes. Two fates that relatives share are correlated through ancestry, whether or not they go together within a cell; for
     gaussian fates that is a correlation of residuals of its own.
+
+    Nothing is drawn at random, so there is no `rng`: the same fates give the same numbers.
 
     Parameters
     ----------
@@ -92,7 +94,7 @@ def correlate(
         raise NotImplementedError(
             "correlations of categorical fates are not there yet: take each against the rest, 'bernoulli'."
         )
-    _check_free(adata, key_added)
+    check_no_other(adata, key_added, "correlation", "of correlations")
     cells = read_cells(
         adata,
         None,
@@ -137,13 +139,3 @@ def correlate(
     own(adata)
     adata.uns[key_added] = pd.DataFrame(table_of(values))
     return adata if copy else None
-
-
-def _check_free(adata: AnnData, key: str) -> None:
-    check_name(key)
-    held = adata.uns.get(key)
-    if held is not None and not (isinstance(held, pd.DataFrame) and "correlation" in held):
-        raise DataError(
-            f"adata.uns[{key!r}] holds a {type(held).__name__} that is no table of correlations and would be overwritten. "
-            "Choose another key_added, or remove it."
-        )

@@ -55,7 +55,12 @@ def fitted(
 ) -> Fitted:
     """The fit under `key`; `handed` was handed over to it and not named. `change` makes other cells of them for the model."""
     params = get.params(adata, key)
-    get.diagnostics(adata, key)  # of many fates there are none, and it says what to do
+    if many(adata, key):
+        count = len(get.responses(adata, key))
+        raise DataError(
+            f"adata.uns[{key!r}] holds the fits of {count} fates, and this is asked of one. Fit it by itself, `cf.tl.decompose(adata, "
+            "'<its name>', ..., key_added='<another key>')`, and name that key."
+        )
     arguments = reading(params, handed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CellfateWarning)  # the fit has said them
@@ -91,6 +96,19 @@ def fitted_all(
     trials, kind = arguments["trials"], glmm.family.kind
     fates = find_fates(adata, names, layer=layer, min_cells=0, kind=kind, trials=trials, kept=cells.kept)
     return Fitted(cells, glmm, {}, {}, params, arguments), fates
+
+
+def check_there(fit: Fitted, what: str) -> None:
+    """Refuse fits of which something cannot be asked yet, and say what it was of this one."""
+    if fit.glmm.family.name == "categorical":
+        raise NotImplementedError(
+            f"{what} are not there yet for family='categorical', which the fit is of. Ask about one fate at a time: fit each against the rest "
+            "with family='bernoulli'."
+        )
+    if not fit.glmm.reml:
+        raise NotImplementedError(
+            f"{what} are not there yet for fits with reml=False, as this one. Fit with reml=True."
+        )
 
 
 def many(adata: AnnData, key: str) -> bool:

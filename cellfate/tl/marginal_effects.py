@@ -97,9 +97,11 @@ def marginal_effects(
             "with family='bernoulli'."
         )
     if covariate not in columns_of(formula):
+        known = columns_of(formula)
+        instead = f"Choose one of {known}, or fit" if known else "It has no covariates: fit"
         raise DataError(
-            f"the fit has formula {formula!r}, which does not name {covariate!r}. Choose one of {columns_of(formula)}, or fit with "
-            "it in the formula."
+            f"the fit has formula {formula!r}, which does not name {covariate!r}. {instead} with it in the formula, such as "
+            f"formula={f'{formula} + {covariate}'!r}."
         )
     obs = adata.obs[fit.cells.kept]
     scenarios = _scenarios(obs[covariate], covariate, values)

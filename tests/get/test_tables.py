@@ -126,6 +126,10 @@ def two_fits(adata):
     adata.uns["second"] = adata.uns["cellfate"]
 
 
+def nothing(adata):
+    """The result as it is."""
+
+
 def no_fit(adata):
     del adata.uns["cellfate"]
 
@@ -145,8 +149,9 @@ def no_fit(adata):
         (
             other_key,
             lambda a: cf.get.components(a, scale="log"),
-            r"'log' is not .* one of \['latent', 'link', 'realized'\]",
+            "unknown scale 'log'; choose from latent, link, realized",
         ),
+        (nothing, lambda a: cf.get.components(a, scale="additive"), r"no rows of scale 'additive'. Use one of \['lat"),
         (without_effects, lambda a: cf.get.effects(a), r"no 'cellfate_effects'.*found \['spatial'\]"),
         (without_shares, lambda a: cf.get.components(a), r"no 'shares', found \['components', 'diagnostics'"),
     ],

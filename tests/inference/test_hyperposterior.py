@@ -13,7 +13,7 @@ from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.get import components
 from cellfate.inference.free_energy import evaluate
-from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, _of_known_field, integrate
+from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, _of_known_field, integrate, too_large
 from cellfate.inference.mode import find_mode
 from cellfate.inference.sites import Laplace, Variational
 from cellfate.kernels.base import Component
@@ -408,3 +408,10 @@ def test_a_guessed_curvature_does_not_end_the_search(monkeypatch):
     monkeypatch.setattr(mode_module, "LARGE", 100)
     found = find_mode(model, engine, Variational())
     assert found.log_posterior > exact.log_posterior - 0.4
+
+
+@pytest.mark.parametrize(
+    ("k", "text"), [(0.7004, "0.7004"), (0.731, "0.73"), (np.inf, "inf"), (0.70000001, "0.70000001")]
+)
+def test_a_k_hat_that_is_too_large_is_seen_to_be(k, text):
+    assert too_large(k) == f"{text}, above 0.7"

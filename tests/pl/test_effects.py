@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 
 import cellfate as cf
 from cellfate.pl import _style
-from tests.pl.helpers import texts, words_of
+from tests.pl.helpers import assert_legible, texts, words_of
 from tests.synthetic import synthetic_result
 
 
@@ -49,7 +49,7 @@ def test_one_map_scale_for_all_panels():
 @pytest.mark.parametrize(("units", "after"), [("µm", " µm"), (None, "")])
 @pytest.mark.parametrize("components", [None, "lineage"])
 def test_the_scale_bar_is_as_long_as_it_says(components, units, after):
-    axes = np.ravel(cf.pl.effects(synthetic_result(), components, **({"units": units} if units else {})))
+    axes = np.ravel(cf.pl.effects(synthetic_result(), components=components, **({"units": units} if units else {})))
     (bar,) = axes[-1].lines
     assert texts(axes[-1]) == [f"{np.ptp(bar.get_xdata()):g}{after}"]
     assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("spatial 1", "spatial 2")
@@ -60,7 +60,7 @@ def test_the_scale_bar_is_as_long_as_it_says(components, units, after):
 def test_no_marker_is_cut_at_the_edge_of_its_panel(stretch, components):
     adata = synthetic_result()
     adata.obsm["spatial"] = adata.obsm["spatial"] * stretch
-    for ax in np.ravel(cf.pl.effects(adata, components)):
+    for ax in np.ravel(cf.pl.effects(adata, components=components)):
         ax.figure.canvas.draw()
         radius = np.sqrt(cells_of(ax).get_sizes().max()) / 2 / 72 * ax.figure.dpi
         places = ax.transData.transform(adata.obsm["spatial"])
@@ -71,7 +71,7 @@ def test_no_marker_is_cut_at_the_edge_of_its_panel(stretch, components):
 def test_no_panel_is_too_tall():
     adata = synthetic_result()
     adata.obsm["spatial"] = adata.obsm["spatial"] * [0.1, 1]
-    assert cf.pl.effects(adata, "lineage").figure.get_figheight() < 4.3
+    assert cf.pl.effects(adata, components="lineage").figure.get_figheight() < 4.3
     assert cf.pl.effects(adata)[0].figure.get_figheight() < 4.3
 
 
@@ -88,7 +88,9 @@ def test_what_is_constant_within_specimens_is_no_map(caplog):
         titles = [ax.get_title() for ax in cf.pl.effects(adata)]
     assert "embryo: the same in all cells of a specimen" in caplog.text
     assert titles == [f"{c}: embryo {i}" for c in ("lineage", "spatial") for i in (1, 2, 3)]
-    assert [ax.get_title() for ax in cf.pl.effects(adata, "embryo")] == [f"embryo: embryo {i}" for i in (1, 2, 3)]
+    assert [ax.get_title() for ax in cf.pl.effects(adata, components="embryo")] == [
+        f"embryo: embryo {i}" for i in (1, 2, 3)
+    ]
     # without specimens it is a map like any other
     del adata.uns["cellfate"]["params"]["library_key"]
     assert [ax.get_title() for ax in cf.pl.effects(adata)] == ["lineage", "spatial", "embryo"]
@@ -109,7 +111,7 @@ def test_specimens_are_small_multiples():
     adata = synthetic_result(n=400, specimens=5)
     titles = [ax.get_title() for ax in cf.pl.effects(adata)]
     assert titles == [f"{c}: embryo {i}" for c in ("lineage", "spatial") for i in range(1, 6)]
-    ax = cf.pl.effects(adata, "spatial", specimen="embryo 2")
+    ax = cf.pl.effects(adata, components="spatial", specimen="embryo 2")
     assert ax.get_title() == "spatial: embryo 2"
     in_it = (adata.obs["embryo"] == "embryo 2") & cf.get.effects(adata)["spatial_mean"].notna()
     assert len(cells_of(ax).get_array()) == in_it.sum()
@@ -130,7 +132,7 @@ def test_with_many_components_fewer_specimens_are_drawn(caplog):
 def test_of_many_specimens_the_largest_are_drawn(caplog):
     adata = synthetic_result(n=900, specimens=15)
     with caplog.at_level("INFO", logger="cellfate"):
-        axes = cf.pl.effects(adata, "lineage")
+        axes = cf.pl.effects(adata, components="lineage")
     counts = adata.obs["embryo"].value_counts()
     shown = {ax.get_title().removeprefix("lineage: ") for ax in axes}
     assert len(shown) == 12
@@ -173,3 +175,33 @@ def test_three_dimensions_say_what_axes_and_bar_are():
     axes = cf.pl.effects(synthetic_result(dims=3), units="µm")
     assert [t.strip() for t in texts(axes[0])] == ["1", "2", "3", "axes: spatial 1, 2, 3; bar: 20 µm"]
     assert texts(axes[1]) == []
+
+
+def test_fates_are_columns_and_each_component_and_specimen_a_row():
+    adata = synthetic_result(n=400, specimens=2, family="categorical", link="softmax")
+    table = adata.obsm["cellfate_effects"]
+    for component in ("lineage", "spatial"):
+        mean, sd = table.pop(f"{component}_mean"), table.pop(f"{component}_sd")
+        for k, fate in enumerate(("ICM", "PE", "TE")):
+            table[f"{component}[{fate}]_mean"], table[f"{component}[{fate}]_sd"] = mean * (k - 1), sd
+    axes = cf.pl.effects(adata)
+    titles = [ax.get_title().replace("\n", ": ") for ax in axes]
+    rows = [(c, s) for c in ("lineage", "spatial") for s in ("embryo 1", "embryo 2")]
+    assert titles == [f"{c}[{fate}]: {s}" for c, s in rows for fate in ("ICM", "PE", "TE")]
+    left = np.array([ax.get_position().x0 for ax in axes]).reshape(4, 3)
+    low = np.array([ax.get_position().y0 for ax in axes]).reshape(4, 3)
+    np.testing.assert_allclose(left, np.tile(left[0], (4, 1)))
+    np.testing.assert_allclose(low, np.tile(low[:, :1], (1, 3)))
+    assert axes[0].figure.axes[-1].get_xlabel().endswith("red: towards that fate)")
+    assert len(cf.pl.effects(adata, components="lineage")) == 6
+    axes = cf.pl.effects(adata, common_scale=False)
+    assert len(axes[0].figure.axes) == len(axes) + 2
+
+
+def test_a_fate_of_two_words_says_which_is_red():
+    adata = synthetic_result()
+    adata.uns["cellfate"]["params"]["levels"] = np.array(["ICM", "trophectoderm cells of day 4"], dtype=object)
+    axes = cf.pl.effects(adata)
+    label = axes[0].figure.axes[-1].get_xlabel()
+    assert label == "mean effect (log-odds; red: towards trophectoderm c…)"
+    assert_legible(axes[0].figure)

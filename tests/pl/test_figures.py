@@ -7,7 +7,7 @@ import pytest
 
 import cellfate as cf
 from cellfate.pl import _style
-from tests.pl.helpers import with_comparison
+from tests.pl.helpers import two_responses, with_comparison
 from tests.synthetic import synthetic_result
 
 
@@ -108,6 +108,10 @@ def nothing(adata):
     """The result as it is."""
 
 
+def two_names(adata):
+    adata.uns["cellfate"] |= {name: two_responses().uns["cellfate"][name] for name in ("components", "shares")}
+
+
 def fixed_lengthscale(adata):
     adata.uns["cellfate"]["draws"] = cf.get.draws(adata).drop(columns="lengthscale_spatial")
 
@@ -123,7 +127,7 @@ def constant_draws(adata):
         (nothing, lambda a: cf.pl.posterior(a, components=["clone"]), r"sd of \['clone'\]: use some of \['lineage'"),
         (fixed_lengthscale, lambda a: cf.pl.posterior(a, quantity="lengthscale"), "no lengthscale, found"),
         (constant_draws, lambda a: cf.pl.posterior(a, quantity="lengthscale"), "All draws are 0.5"),
-        (nothing, lambda a: cf.pl.effects(a, "clone"), r"no effects of \['clone'\]: use some of"),
+        (nothing, lambda a: cf.pl.effects(a, components="clone"), r"no effects of \['clone'\]: use some of"),
         (nothing, lambda a: cf.pl.effects(a, basis="umap"), r"no 'umap', found \['cellfate_effects', 'spatial'\]"),
         (nothing, lambda a: cf.pl.effects(a, dims=(0, 2)), r"dims is \[0, 2\]: use two or three of 0 to 1"),
         (nothing, lambda a: cf.pl.effects(a, specimen="embryo 1"), "`library_key`, which tells specimens apart"),
@@ -136,8 +140,15 @@ def constant_draws(adata):
         (nothing, lambda a: cf.pl.effects(a, ax=plt.subplots()[1]), "1 axes for 2 panels"),
         (
             nothing,
-            lambda a: cf.pl.effects(a, "lineage", ax=plt.subplots(subplot_kw={"projection": "3d"})[1]),
+            lambda a: cf.pl.effects(a, components="lineage", ax=plt.subplots(subplot_kw={"projection": "3d"})[1]),
             "differ in dimension",
+        ),
+        (nothing, lambda a: cf.pl.posterior(a, save="p.foo"), r"save is 'p.foo': a figure ends in one of \..*\.png"),
+        (two_names, lambda a: cf.pl.posterior(a), "name one of the 2 responses of the fit, such as response='fate'"),
+        (
+            two_names,
+            lambda a: cf.pl.posterior(a, response="gene"),
+            "there is no response 'gene': name one of the 2 responses",
         ),
         (no_kept_cell, lambda a: cf.pl.effects(a), "all were left out of the fit"),
     ],

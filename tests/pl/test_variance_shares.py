@@ -1,12 +1,13 @@
 """Bars and whiskers are what the tables say, in percent."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
 import cellfate as cf
 from cellfate.pl import _style
-from tests.pl.helpers import gaussian, texts, two_responses, whiskers
+from tests.pl.helpers import assert_legible, gaussian, texts, two_responses, whiskers
 from tests.synthetic import synthetic_result
 
 
@@ -73,3 +74,39 @@ def test_a_residual_is_no_part_of_the_linear_predictor():
     assert cf.pl.variance_shares(synthetic_result()).get_xlabel() == "share of the variance of the linear predictor"
     assert cf.pl.variance_shares(gaussian()).get_xlabel() == "share of the total variance"
     assert cf.pl.posterior(gaussian(), quantity="share").get_xlabel() == "share of the total variance"
+
+
+def many_responses(count=24):
+    parts = [synthetic_result(response=f"gene{i}", seed=i) for i in range(count)]
+    first = parts[0]
+    for table in ("components", "shares"):
+        first.uns["cellfate"][table] = pd.concat([a.uns["cellfate"][table] for a in parts], ignore_index=True)
+    verdicts = ["weak: little is known"] + ["clear: told apart"] * (count - 1)
+    names = [f"gene{i}" for i in range(count)]
+    first.uns["cellfate"]["responses"] = pd.DataFrame({"response": names, "verdict": verdicts})
+    return first
+
+
+def test_many_responses_are_a_sheet_on_which_a_weak_verdict_is_pale():
+    adata = many_responses()
+    table = cf.get.components(adata)
+    ax = cf.pl.variance_shares(adata)
+    width, height = ax.figure.get_size_inches()
+    assert (width, height < 9) == (_style.WIDTH, True)
+    assert_legible(ax.figure)
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], table["share"].abs())
+    np.testing.assert_allclose(whiskers(ax), table[["share_lower", "share_upper"]])
+    colors = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    solid = [_style.COLORS[c] for c in table["component"]]
+    assert colors[:3] == [_style.pale(c).upper() for c in solid[:3]]
+    assert colors[3:] == solid[3:]
+    said = " ".join(t.get_text() for t in ax.figure.texts).replace("\n", " ")
+    assert said.strip().startswith("Pale bars: the verdict is weak")
+
+
+def test_one_weak_response_is_pale():
+    adata = synthetic_result()
+    adata.uns["cellfate"]["diagnostics"]["verdict"] = "confounded: only the sum"
+    ax = cf.pl.variance_shares(adata)
+    assert to_hex(ax.patches[0].get_facecolor()) == _style.pale(_style.COLORS["lineage"])
+    assert_legible(ax.figure)

@@ -164,6 +164,20 @@ def test_confounding_is_seen():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "one yes or no per cell, 0.5 of them yes; variances lineage 1, spatial 1"),
+        ({"family": "binomial", "trials": 10, "mean": 0.2}, "10 tries per cell, 0.2 of them a success"),
+        ({"family": "gaussian"}, "a measurement per cell; variances lineage 1, spatial 1, residual 1"),
+    ],
+)
+def test_the_log_says_what_was_assumed(arguments, said, adata, caplog):
+    with caplog.at_level("INFO", logger="cellfate"):
+        cf.pp.identifiability(adata, lengthscales=[0.5], copy=True, **arguments)
+    assert f"assumed: {said}" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"lineage": None}, "give both a tree and coordinates"),
@@ -173,6 +187,8 @@ def test_confounding_is_seen():
         ({"mean": 2.0}, "mean is 2.0, wanted the mean of a bernoulli fate, between 0 and 1"),
         ({"variances": {"residual": 1.0}}, "variances has \\['residual'\\]"),
         ({"lengthscales": [0.0]}, "wanted positive numbers in the units"),
+        ({"key_added": "tree"}, r"adata.uns\['tree'\] holds a .* that is no table of identifiability"),
+        ({"key_added": "spatial"}, "key_added is 'spatial', where other packages keep their own"),
     ],
 )
 def test_wrong_questions(arguments, message):

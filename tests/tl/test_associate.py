@@ -57,12 +57,14 @@ def test_where_nothing_is_to_be_found_nothing_is(family):
     np.testing.assert_allclose(cf.get.associations(parts)["z"], table["z"], rtol=1e-9)
 
 
-def test_what_is_there_is_found():
+def test_what_is_there_is_found(caplog):
     adata = embryo()
     adata.obs["size"] = adata.obs["size"] + 3 * adata.obs["time"]
     adata.obs["stage_code"] = (adata.obs["stage"] == "mid").astype(float)
     cf.tl.decompose(adata, "size", family="gaussian", formula="~ 1 + stage", rng=0)
-    cf.tl.associate(adata, ["time", "log_size", "stage_code", "elt-2"])
+    with caplog.at_level("INFO", logger="cellfate"):
+        cf.tl.associate(adata, ["time", "log_size", "stage_code", "elt-2"])
+    assert "3 covariates tested" in caplog.text  # and no lambda of so few
     table = cf.get.associations(adata).set_index("covariate")
     assert table.loc["time", "q"] < 0.01
     assert table.loc["log_size", "p"] > 1e-3

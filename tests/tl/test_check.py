@@ -69,8 +69,13 @@ def test_tables_survive_the_disk(linear, tmp_path):
     again = anndata.read_h5ad(tmp_path / "checked.h5ad")
     for get in (cf.get.checks, cf.get.predictions):
         assert get(again).equals(get(linear))
+    with pytest.raises(DataError, match=r"for fates with probabilities only .* is of family='gaussian'"):
+        cf.get.calibration(linear)
+    del again.uns["cellfate"]["checks"]
     with pytest.raises(DataError, match=r"Run `cf\.tl\.check\(adata\)` first"):
-        cf.get.calibration(linear)  # of fates that are yes or no
+        cf.get.calibration(again)
+    with pytest.raises(DataError, match="use scale='latent' for 'observation': it is the same"):
+        cf.get.components(linear, scale="observation")
 
 
 def test_the_right_model_passes():

@@ -1,6 +1,8 @@
 """Models with and without components: their evidence, and cells left out, against closed forms."""
 
 import math
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -122,3 +124,22 @@ def test_priors_are_read_again():
         "beta": ("normal", 3.0),
         "sd_b": ("half_normal", 2.0),
     }
+
+
+def test_rough_elpd_is_a_warning(monkeypatch):
+    adata = embryo()
+    cf.tl.decompose(adata, "size", family="gaussian", lengthscale=0.5, rng=0)
+    monkeypatch.setattr(sys.modules["cellfate.tl.compare"], "LARGEST_K", -np.inf)
+    with pytest.warns(
+        cf.CellfateWarning, match=r"elpd_loo of \d of 4 models \(.*lineage.*\) is rough: k-hat of leaving"
+    ):
+        cf.tl.compare(adata, draws=8, rng=0)
+
+
+def test_fates_without_an_order_are_refused_by_what_they_are():
+    adata = embryo()
+    adata.obs["kind"] = np.resize(["a", "b", "c"], adata.n_obs)
+    cf.tl.decompose(adata, "kind", family="categorical", lengthscale=0.5, rng=0)
+    for tool in (cf.tl.compare, cf.tl.test_components, partial(cf.tl.associate, covariates=["size"])):
+        with pytest.raises(NotImplementedError, match="not there yet for family='categorical', which the fit is of"):
+            tool(adata)

@@ -368,6 +368,19 @@ def test_fits_that_cannot_be_compared(more):
     fate = "kind" if family == "categorical" else "size"
     cf.tl.decompose(adata, fate, family=family, spatial=None, key_added="mine", rng=0, **more)
     with pytest.raises(
-        NotImplementedError, match=f"the fit under 'mine' has family='{family}', reml={family != 'gaussian'}"
+        NotImplementedError,
+        match="family='categorical', which" if family == "categorical" else "with reml=False, as this one",
     ):
         cf.tl.by_condition(adata, "half", key="mine")
+
+
+def test_the_log_says_what_is_replaced_and_where_a_level_is_one_specimen(caplog):
+    adata = populations((1.0, 1.0), n=40, specimens=1, family="gaussian")
+    cf.tl.decompose(adata, "fate", family="gaussian", library_key="specimen", lengthscale=0.5, rng=0)
+    with caplog.at_level("INFO", logger="cellfate"):
+        cf.tl.by_condition(adata, "genotype", rng=0)
+        assert "each level of obs['genotype'] is one specimen" in caplog.text
+        assert "is replaced" not in caplog.text
+        adata.obs["same"] = adata.obs["genotype"].str.upper()
+        cf.tl.by_condition(adata, "same", rng=0)
+    assert "the comparison by 'genotype' under 'cellfate' is replaced" in caplog.text

@@ -182,6 +182,7 @@ def test_wrong_input_is_named(embryo, fate, more, text):
 def test_what_there_is_only_of_one_response_is_refused(fitted):
     for read in (cf.get.effects, cf.get.diagnostics):
         assert "many responses" in complaint(lambda read=read: read(fitted))
+    assert "fates, and this is asked of one. Fit it by itself" in complaint(lambda: cf.tl.check(fitted))
 
 
 def test_many_measurements_share_tables_and_fail_apart():

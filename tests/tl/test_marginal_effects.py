@@ -117,6 +117,9 @@ def test_wrong_questions(arguments, message):
         DataError, match=r"has no 'marginal_effects'. Run `cf.tl.marginal_effects\(adata, <covariate>\)` first"
     ):
         cf.get.marginal_effects(adata)
+    cf.tl.decompose(adata, "size", family="gaussian", lengthscale=0.5, key_added="plain", rng=0)
+    with pytest.raises(DataError, match=r"It has no covariates: fit with it in .* such as formula='~ 1 \+ stage'"):
+        cf.tl.marginal_effects(adata, "stage", key="plain")
     adata.obs["stage"] = adata.obs["stage"].replace("mid", "noon")
     with pytest.raises(DataError, match=r"there are no draws of \['beta\[stage\[T.noon\]\]'\]. Has adata.obs changed"):
         cf.tl.marginal_effects(adata, "stage")
