@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate._runtime import logger, named_generator, progress, resolve_device, side_by_side
+from cellfate._runtime import announce, logger, named_generator, progress, resolve_device, side_by_side
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import CellfateWarning, DataError
@@ -180,7 +180,7 @@ class Together:
             )
         if beyond:
             said = examples(np.array(names, dtype=object)[beyond])
-            logger.info("%d responses are fitted by themselves, beyond the end of the tables: %s", len(beyond), said)
+            announce("%d responses are fitted by themselves, beyond the end of the tables: %s", len(beyond), said)
             whole = self.whole(engine)
             fits = side_by_side(lambda i: self.alone(whole, Y[:, i], names[i], seed), beyond, self.on)
             found |= dict(zip(beyond, fits, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
+from cellfate.distributed.executors import executor, here
 from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM
 from cellfate.io.again import GIVEN, named, noted_groups
@@ -24,6 +26,7 @@ from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_many, write_results, write_table
 from cellfate.io.trees import find_trees, one_of_one, under_each
 from cellfate.tl.components import check_kernels, components_of, with_truncation
+from cellfate.tl.jobs import Run, check_store
 from cellfate.tl.many import fit_all
 from cellfate.tl.trees import check_weights, fit_trees
 
@@ -32,6 +35,7 @@ FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from distributed import Client
 
 
 def decompose(
@@ -68,6 +72,8 @@ def decompose(
     min_cells: int = 10,
     chunk_size: int | str = "auto",
     key_added: str = _keys.KEY,
+    client: Client | None = None,
+    store: str | os.PathLike[str] | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Partition the variation of a fate into ancestry and neighborhood.
@@ -167,6 +173,12 @@ def decompose(
         For many responses: see `fate`, and how many are read at once. Results do not depend on the chunks, nor on the order.
     key_added
         Name of the slots that are written. An earlier fit of that name is replaced, anything else is refused.
+    client
+        A `dask.distributed.Client`: fates, or the fits under each of several trees, are computed in chunks by its workers, each on one
+        thread, and with ``device="cuda"`` on the GPU that it sees. Results are those of one process to the last bit, on the same device.
+    store
+        A folder in which chunks of many fates are kept as they are finished. The same call goes on from there, and computes what is
+        missing; with other inputs or settings it is refused. Without `rng` the seed is that of the store.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -192,7 +204,9 @@ def decompose(
     DataError
         Where the input breaks the data contract; the message names the key, what was found and what to do.
     NotImplementedError
-        For several fates under several trees: fit one fate at a time, or all under one tree.
+        For several fates under several trees: fit one fate at a time, or all under one tree. For a `store` of one fate.
+    Interrupted
+        Where the scheduler of `client` went away; the message says how many chunks are in the store.
 
     Examples
     --------
@@ -215,6 +229,14 @@ def decompose(
     check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)
     check_free(adata, key_added)
+    check_store(store)
+    if store is not None and isinstance(fate, str):
+        raise NotImplementedError(
+            f"store={str(store)!r} keeps chunks of many fates, and {fate!r} is one. Give a list of fates, or leave it out."
+        )
+    workers = executor(client)
+    if client is not None:
+        model["device"] = here(workers.device(device))
     lineage = one_of_one(lineage)
     trees = find_trees(adata, lineage, lineage_kernel)
     check_weights(tree_weights, trees)
@@ -280,6 +302,7 @@ def decompose(
         "n_specimens": len(cells.specimens),
         "version": __version__,
         **model,
+        "device": device,
     }
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
@@ -318,7 +341,12 @@ def decompose(
         fates = find_fates(
             adata, fate, layer=layer, min_cells=min_cells, kind=glmm.family.kind, trials=trials, kept=cells.kept
         )
-        found = fit_all(glmm, cells, fates, formula, rng, chunk_size)
+        run = None
+        if client is not None or store is not None:
+            kind = workers.device(device).type  # what it is resolved to: results differ between the two
+            told = {name: value for name, value in params.items() if name not in ("version", "levels")}
+            run = Run(workers, store, {**told, "device": kind, "chunk_size": chunk_size})
+        found = fit_all(glmm, cells, fates, formula, rng, chunk_size, run, device)
         adata = adata.copy() if copy else adata
         write_many(adata, key_added, found, fates.names if fates.only_genes else None, params)
     return adata if copy else None

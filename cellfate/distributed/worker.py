@@ -1,0 +1,44 @@
+"""What runs on a worker of Dask; imported only where Dask is there."""
+
+from __future__ import annotations
+
+import signal
+from threading import Lock
+from typing import Any
+
+import numba
+from distributed import Worker, WorkerPlugin, get_worker
+
+from cellfate._runtime import one_of_many, threads
+from cellfate.distributed.tasks import Job, Work
+
+
+class Holder(WorkerPlugin):
+    """The job on a worker. The scheduler gives a plugin also to workers that come later, and again to one that died."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name, self.job = name, job
+
+    def setup(self, worker: Worker) -> None:
+        self._lock, self._work = Lock(), None  # a lock does not pickle, and is made here
+        if worker.nanny:  # a process of its own: Ctrl-C in a terminal is for whoever started it, who will end it
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            except ValueError:  # not in the main thread
+                pass
+
+    def answer(self, data: Any) -> Any:
+        """Of a task; what its tasks share is made at the first one."""
+        numba.set_num_threads(min(self.job.threads, numba.config.NUMBA_NUM_THREADS))  # of this thread
+        with one_of_many(), threads(self.job.threads):
+            with self._lock:
+                work: Work = self._work or self.job.prepare()
+                self._work = work
+            return work(data)
+
+
+def answer_task(name: str, data: Any) -> Any:
+    """The answer to a task of the job called `name`."""
+    holder = get_worker().plugins[name]
+    assert isinstance(holder, Holder)
+    return holder.answer(data)
