@@ -12,9 +12,9 @@ import time
 import uuid
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -25,6 +25,7 @@ from cellfate.errors import DataError, Interrupted
 if TYPE_CHECKING:
     from distributed import Client, Future
 
+Answers: TypeAlias = Generator[tuple[Task, Any], None, None]
 AHEAD = 2  # tasks under way for each thread of a worker
 FEWEST_AHEAD = 4
 BEAT = 20.0  # seconds without an answer, after which it is looked whether there are workers
@@ -35,7 +36,7 @@ class Executor(ABC):
     """Answers the tasks of a job."""
 
     @abstractmethod
-    def run(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, job: Job, tasks: Iterable[Task]) -> Answers:
         """Each task with its answer, or with :class:`Lost`, as they are ready; in which order is not said."""
 
     @property
@@ -49,9 +50,9 @@ class Executor(ABC):
 
 
 class Serial(Executor):
-    """This process, one task after the other."""
+    """One task after the other, in this process."""
 
-    def run(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, job: Job, tasks: Iterable[Task]) -> Answers:
         work = None
         for task in tasks:
             work = work or job.prepare()
@@ -104,7 +105,7 @@ class Dask(Executor):
             )
         return wanted
 
-    def run(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, job: Job, tasks: Iterable[Task]) -> Answers:
         yield from _Run(self.client, job).answers(tasks)
 
     def _wait_for_workers(self) -> None:
@@ -154,7 +155,7 @@ class _Run:
         self.handed = 0
         self.answer_task = answer_task
 
-    def answers(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def answers(self, tasks: Iterable[Task]) -> Answers:
         try:
             self._send_job()
             source = iter(tasks)
@@ -168,7 +169,7 @@ class _Run:
         finally:
             self._leave()
 
-    def _answers(self, source: Iterator[Task], limit: int | None) -> Iterator[tuple[Task, Any]]:
+    def _answers(self, source: Iterator[Task], limit: int | None) -> Answers:
         from distributed import CancelledError, KilledWorker
 
         self._fill(source, limit)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from cellfate import __version__
-from cellfate._runtime import logger, warn
+from cellfate._runtime import warn
 from cellfate.distributed.digest import digest
 from cellfate.distributed.records import pack, unpack
 from cellfate.errors import DataError
@@ -268,7 +268,7 @@ def read_chunk(path: Path, key: str, index: int, count: int) -> list[Any]:
                 raise StoreError(f"{path} is damaged: {broken} is not what was written.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            group = zarr.open_group(ZipStore(path, mode="r"), mode="r")
+            group: Any = zarr.open_group(ZipStore(path, mode="r"), mode="r")
             about = json.loads(bytes(np.asarray(group["about"][:])).decode())
             texts = json.loads(bytes(np.asarray(group["texts"][:])).decode())
             numbers = np.asarray(group["numbers"][:], dtype=np.float64)
@@ -295,7 +295,9 @@ def _zipped(texts: Sequence[str], numbers: np.ndarray, key: str, index: int) -> 
     entries: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zarr about its own next versions
-        which = {"zarr_format": 2} if int(zarr.__version__.split(".")[0]) > 2 else {}  # which both releases read
+        which: dict[str, Any] = (
+            {"zarr_format": 2} if int(zarr.__version__.split(".")[0]) > 2 else {}
+        )  # which both releases read
         group = zarr.open_group(store=entries, mode="w", **which)
         for name, content in (("about", [key, index]), ("texts", list(texts))):
             group[name] = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)

@@ -32,6 +32,11 @@ class Job(ABC):
 
     threads: int = 1
 
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether a process may answer one task at a time only, though it has more threads."""
+        return False
+
     @abstractmethod
     def prepare(self) -> Work:
         """What answers a task; made once in each process."""
@@ -78,6 +83,12 @@ class FitJob(Job):
 
     responses: Responses
     threads: int = 1
+
+    @property
+    def one_at_a_time(self) -> bool:
+        return (
+            self.responses.shares_tables
+        )  # whose compiled loops have threads of their own, which bear no second caller
 
     def prepare(self) -> Work:
         ready = self.responses.ready()

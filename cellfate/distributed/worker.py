@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from threading import Lock
 from typing import Any
@@ -18,23 +19,22 @@ class Holder(WorkerPlugin):
 
     def __init__(self, name: str, job: Job) -> None:
         self.name, self.job = name, job
+        self._work: Work | None = None
 
     def setup(self, worker: Worker) -> None:
-        self._lock, self._work = Lock(), None  # a lock does not pickle, and is made here
+        self._lock, self._alone = Lock(), Lock()  # locks do not pickle, and are made here
         if worker.nanny:  # a process of its own: Ctrl-C in a terminal is for whoever started it, who will end it
-            try:
+            with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            except ValueError:  # not in the main thread
-                pass
 
     def answer(self, data: Any) -> Any:
         """Of a task; what its tasks share is made at the first one."""
-        numba.set_num_threads(min(self.job.threads, numba.config.NUMBA_NUM_THREADS))  # of this thread
+        numba.set_num_threads(min(self.job.threads, numba.get_num_threads()))  # of this thread
         with one_of_many(), threads(self.job.threads):
             with self._lock:
-                work: Work = self._work or self.job.prepare()
-                self._work = work
-            return work(data)
+                work = self._work = self._work or self.job.prepare()
+            with self._alone if self.job.one_at_a_time else contextlib.nullcontext():
+                return work(data)
 
 
 def answer_task(name: str, data: Any) -> Any:

@@ -93,7 +93,7 @@ class _Chunks:
         with progress(total=count, desc="responses", unit="response") as bar:
             bar.update(begun)
             tasks = self._tasks(missing, trend, found)
-            with closing(self.executor.run(self.job, tasks)) as answers:  # type: ignore[type-var]
+            with closing(self.executor.run(self.job, tasks)) as answers:
                 for task, answer in answers:
                     said = _with_reasons(task, answer)
                     found[task.index] = said if self.store is None else self.store.write(task.index, said)
@@ -134,14 +134,15 @@ class _Chunks:
                 at[places[0]] = places
                 yield Task(places[0], f"the dispersion of {some[0]!r}", Chunk(some, tuple(columns), estimates=True))
 
-        with progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar:
-            with closing(self.executor.run(self.job, tasks())) as answers:  # type: ignore[type-var]
-                for task, answer in answers:
-                    places = at[task.index]
-                    found |= dict(
-                        zip(places, [None] * len(places) if isinstance(answer, Lost) else answer, strict=True)
-                    )
-                    bar.update(len(places))
+        with (
+            progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar,
+            closing(self.executor.run(self.job, tasks())) as answers,
+        ):
+            for task, answer in answers:
+                places = at[task.index]
+                said = [None] * len(places) if isinstance(answer, Lost) else answer
+                found |= dict(zip(places, said, strict=True))
+                bar.update(len(places))
         trend = trend_through(names, means, found)
         if self.store is not None:
             self.store.keep_value(TREND, None if trend is None else [trend.a0, trend.a1, trend.sd])
