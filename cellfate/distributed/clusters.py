@@ -91,14 +91,14 @@ def _local(workers: int | None, gpus: int, options: dict[str, Any]) -> Any:
             from dask_cuda import LocalCUDACluster
         except ModuleNotFoundError as e:
             raise ModuleNotFoundError("A GPU for each local worker needs dask-cuda: pip install dask-cuda.") from e
-        return LocalCUDACluster(**{"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None} | options)
+        return LocalCUDACluster(**{"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"} | options)
     from distributed import LocalCluster
 
     mine = {
         "n_workers": workers or _cores(),
         "threads_per_worker": 1,
         "processes": True,
-        "dashboard_address": None,
+        "dashboard_address": "127.0.0.1:0",
         "silence_logs": logging.CRITICAL,
     }
     return LocalCluster(**mine | options)

@@ -34,8 +34,8 @@ def _plain(value: Any, numbers: list[np.ndarray]) -> Any:
     if isinstance(value, np.bool_ | np.integer | np.floating | np.str_):
         return value.item()
     if isinstance(value, np.ndarray):
-        exact = value.astype(np.float64)  # of float32, too
-        if value.dtype.kind not in "fiub" or not np.array_equal(exact.astype(value.dtype), value, equal_nan=True):
+        exact = value.astype(np.float64) if value.dtype.kind in "fiub" else None  # of float32, too
+        if exact is None or not np.array_equal(exact.astype(value.dtype), value, equal_nan=True):
             raise TypeError(f"an array of {value.dtype} is no float64.")
         begin = sum(len(one) for one in numbers)
         numbers.append(exact.ravel())
