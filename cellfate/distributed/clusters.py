@@ -91,7 +91,9 @@ def _local(workers: int | None, gpus: int, options: dict[str, Any]) -> Any:
             from dask_cuda import LocalCUDACluster
         except ModuleNotFoundError as e:
             raise ModuleNotFoundError("A GPU for each local worker needs dask-cuda: pip install dask-cuda.") from e
-        return LocalCUDACluster(**{"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"} | options)
+        return LocalCUDACluster(
+            **{"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"} | options
+        )
     from distributed import LocalCluster
 
     mine = {

@@ -56,7 +56,7 @@ class Serial(Executor):
         work = None
         for task in tasks:
             work = work or job.prepare()
-            with threads(job.threads):
+            with threads(job.threads or self.threads):
                 answer = work(task.data)
             yield task, answer
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from threading import Lock
 from typing import Any
 
-import numba
 from distributed import Worker, WorkerPlugin, get_worker
 
 from cellfate._runtime import one_of_many, threads
@@ -29,12 +29,24 @@ class Holder(WorkerPlugin):
 
     def answer(self, data: Any) -> Any:
         """Of a task; what its tasks share is made at the first one."""
-        numba.set_num_threads(min(self.job.threads, numba.get_num_threads()))  # of this thread
-        with one_of_many(), threads(self.job.threads):
+        with one_of_many(), _on(self.job.threads):
             with self._lock:
                 work = self._work = self._work or self.job.prepare()
             with self._alone if self.job.one_at_a_time else contextlib.nullcontext():
                 return work(data)
+
+
+@contextlib.contextmanager
+def _on(count: int) -> Iterator[None]:
+    """So many threads for torch and for compiled loops, in this thread."""
+    if not count:
+        yield
+        return
+    import numba
+
+    numba.set_num_threads(min(count, numba.get_num_threads()))
+    with threads(count):
+        yield
 
 
 def answer_task(name: str, data: Any) -> Any:

@@ -15,8 +15,9 @@ import numpy as np
 from cellfate._runtime import SeedLike, generator, logger, progress
 from cellfate.distributed.digest import digest
 from cellfate.distributed.executors import Executor
+from cellfate.distributed.fits import Chunk, FitJob, chunk_task, layout
 from cellfate.distributed.store import MANIFEST, Plan, Store, read_manifest
-from cellfate.distributed.tasks import Chunk, FitJob, Lost, Task, chunk_task, layout
+from cellfate.distributed.tasks import Lost, Task
 from cellfate.errors import DataError, Failure, Interrupted
 from cellfate.inference.dispersion import Trend, columns_at, spread_over_means, trend_through
 from cellfate.inference.fit import GLMMFit

@@ -1,12 +1,9 @@
-"""Jobs that are quick, embryos that are small, and what two results have to have in common. Workers import this file, too."""
+"""Embryos that are small, what two results have to have in common, and the command in a process of its own."""
 
-import hashlib
 import os
-import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
@@ -14,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 import cellfate as cf
-from cellfate.distributed.tasks import Job, Task
 
 N = 40
 SETTINGS = {"lengthscale": 0.7, "rng": 3}
@@ -44,36 +40,6 @@ def assert_same(one, other):
             without = [t.drop(columns="seconds", errors="ignore") for t in (table, b[name])]
             pd.testing.assert_frame_equal(*without, check_exact=True)
     pd.testing.assert_frame_equal(one.varm["cellfate_shares"], other.varm["cellfate_shares"], check_exact=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Hash(Job):
-    """Answers a number with its digest, after a while; `poison` is a number that ends the process it is in."""
-
-    seconds: float = 0.0
-    poison: int | None = None
-    threads: int = 1
-
-    def prepare(self):
-        def work(numbers):
-            time.sleep(self.seconds)
-            if self.poison in numbers:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return [hashlib.sha256(str(x).encode()).hexdigest() for x in numbers]
-
-        return work
-
-
-def numbered(count, of=1):
-    """Tasks of `of` numbers each."""
-    for i in range(count):
-        numbers = list(range(i * of, (i + 1) * of))
-        parts = [Task(i, f"number {x}", [x]) for x in numbers] if of > 1 else None
-        yield Task(i, f"task {i}", numbers, parts)
-
-
-def digests(first, last):
-    return [hashlib.sha256(str(x).encode()).hexdigest() for x in range(first, last)]
 
 
 def command(*words, **options):

@@ -18,16 +18,8 @@ from cellfate.distributed.store import found_at
 from cellfate.distributed.tasks import Lost
 from cellfate.errors import DataError, Interrupted
 from tests.distributed.conftest import local_cluster
-from tests.distributed.helpers import (
-    ROOT,
-    Hash,
-    assert_same,
-    decomposed,
-    digests,
-    embryo,
-    numbered,
-    wait_for,
-)
+from tests.distributed.helpers import ROOT, assert_same, decomposed, embryo, wait_for
+from tests.distributed.quick import Hash, digests, numbered
 
 distributed = pytest.importorskip("distributed")
 
