@@ -45,8 +45,9 @@ def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> 
     from cellfate.io.anndata import read_cells
     from cellfate.kernels import Brownian, Matern32
     from cellfate.kernels.base import Component
-    from cellfate.tl.component_tests import MOST_SWAPPED, SWAPPED, half_chi_square
+    from cellfate.tl.component_tests import MOST_SWAPPED, SWAPPED
     from cellfate.tl.sets import clades, neighborhoods
+    from cellfate.tl.tested import half_chi_square
 
     warnings.simplefilter("ignore")
     logging.getLogger("cellfate").setLevel(logging.ERROR)

@@ -296,6 +296,14 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def answered(found: Iterable[tuple[Task, Any]]) -> Iterator[tuple[Task, Any]]:
+    """Tasks with their answers; one that was lost ends the whole, where nothing can stand in its place."""
+    for task, answer in found:
+        if isinstance(answer, Lost):
+            raise Interrupted(f"{task.label}: {answer.reason}")
+        yield task, answer
+
+
 def ordered(found: Iterable[tuple[Task, Any]], order: Sequence[int]) -> Iterator[tuple[Task, Any]]:
     """Answers in the order of these indices, each as soon as it and all before it are there."""
     waiting: dict[int, tuple[Task, Any]] = {}

@@ -13,7 +13,7 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
-from cellfate.distributed.executors import executor, here
+from cellfate.distributed.executors import Dask, executor, here
 from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM
 from cellfate.io.again import GIVEN, named, noted_groups
@@ -28,7 +28,7 @@ from cellfate.io.trees import find_trees, one_of_one, under_each
 from cellfate.tl.components import check_kernels, components_of, with_truncation
 from cellfate.tl.jobs import Run, check_store
 from cellfate.tl.many import fit_all
-from cellfate.tl.trees import check_weights, fit_trees
+from cellfate.tl.trees import arguments_of, check_weights, fit_on_worker, fit_trees
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 
@@ -307,17 +307,13 @@ def decompose(
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
         table = None
-        if trees is None:
-            fit = glmm.fit(
-                cells.response,
-                cells.design,
-                cells.offset,
-                trials=cells.trials,
-                terms=cells.terms,
-                levels=cells.levels,
-                response=fate,
-                rng=rng,
-            )
+        there = workers if isinstance(workers, Dask) else None
+        if there is not None:
+            glmm = glmm.plain(there.device(device))
+        if trees is None and there is not None:
+            fit = fit_on_worker(glmm, cells, rng, there)
+        elif trees is None:
+            fit = glmm.fit(**arguments_of(cells), rng=rng)
         else:
             each = under_each(
                 adata,
@@ -329,7 +325,7 @@ def decompose(
                 library_key=library_key,
                 trials=trials,
             )
-            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng)
+            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng, there)
         fit, doubt = with_truncation(fit, components)
         if doubt:
             warnings.warn(doubt, CellfateWarning, stacklevel=2)

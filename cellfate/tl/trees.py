@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,9 @@ import pandas as pd
 
 from cellfate._runtime import SeedLike, generator, logger, one_of_many, progress
 from cellfate.cells import Cells
+from cellfate.distributed.executors import Dask, answered
+from cellfate.distributed.posteriors import Ask, PosteriorJob, received
+from cellfate.distributed.tasks import Task
 from cellfate.errors import DataError, unknown
 from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.inference.pooled import (
@@ -63,8 +67,12 @@ def fit_trees(
     tree_weights: Any,
     lineage_kernel: str,
     rng: SeedLike | None,
+    workers: Dask | None = None,
 ) -> tuple[GLMMFit, pd.DataFrame]:
-    """The pooled fit, and a row for each tree; `glmm` is the model under the first, `cells` are those under each."""
+    """The pooled fit, and a row for each tree; `glmm` is the model under the first, `cells` are those under each.
+
+    Where there are `workers`, `glmm` is on their device, and the fit under each tree is a task of theirs.
+    """
     began, names = time.perf_counter(), trees.names
     stream = generator(rng)
     seed = int(deepcopy(stream).integers(2**62))  # of the pooling, whichever tree comes first
@@ -78,16 +86,20 @@ def fit_trees(
         ),
     ]
     tasks = list(zip(components, cells, trees.ancestries, streams, strict=True))
-    found = [_posterior(glmm, *tasks[0])]  # says what is not about the tree
     by_evidence = isinstance(tree_weights, str) and tree_weights == EVIDENCE
+    found: list[Integrated] = []
+    if workers is not None:
+        found = _on_workers(glmm, components, cells[0], trees, streams, workers)
+    else:
+        found = [_posterior(glmm, *tasks[0])]  # says what is not about the tree
     if by_evidence and np.isnan(found[0].posterior.log_evidence):
         raise DataError(
             "tree_weights='evidence' needs evidence, which a model with a flat prior, or with reml=False, does not have. Give "
             "another prior, or tree_weights='equal'."
         )
     with progress(total=len(tasks), desc="trees", unit="tree") as bar, one_of_many():
-        bar.update()
-        for task in tasks[1:]:
+        bar.update(len(found))
+        for task in tasks[len(found) :]:
             found.append(_posterior(glmm, *task))
             bar.update()
     told = [told_by(one) for one in found]
@@ -107,20 +119,62 @@ def fit_trees(
     return fit, _table(names, weight, told)
 
 
+def _on_workers(
+    glmm: GLMM,
+    components: Sequence[Sequence[Component]],
+    cells: Cells,
+    trees: Trees,
+    streams: Sequence[np.random.Generator],
+    workers: Dask,
+) -> list[Integrated]:
+    """The posterior under each tree, in their order."""
+    labels = [ancestry.label for ancestry in trees.ancestries]
+    job = PosteriorJob(glmm.plain(), arguments_of(cells), workers.threads)
+    tasks = [Task(i, f"the fit under {labels[i]}", Ask(components[i], streams[i])) for i in range(len(labels))]
+    found: dict[int, Integrated] = {}
+    with (
+        progress(total=len(tasks), desc="trees", unit="tree") as bar,
+        closing(workers.run(job, tasks)) as answers,
+    ):
+        for task, (posterior, moved) in answered(answers):
+            found[task.index] = received(posterior)
+            if task.index == 0:  # the caller's own, which moves on for the caller, too
+                streams[0].bit_generator.state = moved.bit_generator.state
+            bar.update()
+    return [found[i] for i in range(len(tasks))]
+
+
+def fit_on_worker(glmm: GLMM, cells: Cells, rng: SeedLike | None, workers: Dask) -> GLMMFit:
+    """What `glmm.fit` gives, on a worker."""
+    began, stream = time.perf_counter(), generator(rng)
+    job = PosteriorJob(glmm.plain(), arguments_of(cells), workers.threads)
+    logger.info("%s is fitted by a worker", cells.response_name)
+    with closing(workers.run(job, [Task(0, f"the fit of {cells.response_name!r}", Ask(None, stream))])) as answers:
+        ((_, (posterior, moved)),) = answered(answers)
+    stream.bit_generator.state = moved.bit_generator.state
+    fit = report(received(posterior), cells.response_name)
+    fit.diagnostics["seconds"] = time.perf_counter() - began
+    return fit
+
+
+def arguments_of(cells: Cells) -> dict[str, Any]:
+    """Of :meth:`cellfate.GLMM.fit` and the like, but for `rng`."""
+    return {
+        "y": cells.response,
+        "X": cells.design,
+        "offset": cells.offset,
+        "trials": cells.trials,
+        "terms": cells.terms,
+        "levels": cells.levels,
+        "response": cells.response_name,
+    }
+
+
 def _posterior(
     glmm: GLMM, components: Sequence[Component], cells: Cells, ancestry: Ancestry, rng: np.random.Generator
 ) -> Integrated:
     try:
-        return glmm.with_components(components).posterior(
-            cells.response,
-            cells.design,
-            cells.offset,
-            trials=cells.trials,
-            terms=cells.terms,
-            levels=cells.levels,
-            response=cells.response_name,
-            rng=rng,
-        )
+        return glmm.with_components(components).posterior(**arguments_of(cells), rng=rng)
     except DataError as e:
         raise DataError(f"{ancestry.label}: {e}") from e
     except Exception as e:
