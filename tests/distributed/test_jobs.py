@@ -241,6 +241,9 @@ def test_an_input_that_changed_is_not_merged(genes, tmp_path, capsys):
     assert "is not there. Give --input FILE." in err
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of dask-jobqueue, for one that was not begun
 def test_what_slurm_is_asked_for():
     """The script of a worker's job; whether Slurm takes it is for a machine that has Slurm."""
     pytest.importorskip("dask_jobqueue")
