@@ -81,7 +81,6 @@ def decompose(
     with ExitStack() as stack:
         if store is not None:
             options["store"] = store
-            fate = [fate] if isinstance(fate, str) else fate
             stack.enter_context(jobs.noted(store, input, out, told))
         if scheduler is not None or workers is not None:
             options["client"] = stack.enter_context(

@@ -122,17 +122,19 @@ def _looked_at(folder: Path) -> tuple[Store, dict[int, list[Any]], list[str]]:
 def status(*, store: Path) -> int:
     """Print how far a job is; 0 where it is complete."""
     from cellfate.distributed.store import read_manifest
+    from cellfate.inference.report import GLMMFit
 
     kept, answers, damaged = _looked_at(store)
     manifest = read_manifest(store)
     count, names = len(kept.plan.chunks), len(kept.plan.names)
     there = [one for chunk in answers.values() for one in chunk]
     failed = [one for one in there if isinstance(one, Failure)]
-    doubtful = sum(not isinstance(one, Failure) and one.diagnostics["status"] != "converged" for one in there)
+    doubtful = sum(isinstance(one, GLMMFit) and one.diagnostics["status"] != "converged" for one in there)
+    what = "trees" if kept.plan.settings.get("n_trees") else "responses"
     settings = kept.plan.settings
     about = [f"{name} {settings[name]}" for name in ("family", "engine", "device", "dtype", "seed") if name in settings]
     made = [f"cellfate {manifest['cellfate']}", *(f"{name} {v}" for name, v in manifest["versions"].items())]
-    print(f"{store}: {len(answers)} of {count} chunks, {len(there)} of {names} responses")
+    print(f"{store}: {len(answers)} of {count} chunks, {len(there)} of {names} {what}")
     print(f"  {', '.join(about)}; {', '.join(made)}")
     print(f"  {len(failed)} failed, {doubtful} in doubt")
     for one in failed[:SHOWN]:
@@ -178,12 +180,8 @@ def merge(*, store: Path, out: Path | None, input: Path | None, overwrite: bool)
     adata = read(source)
     fate, options = arguments(adata, source, note["options"])
     key = options.get("key_added", _keys.KEY)
-    cf.tl.decompose(adata, _many(fate), **options, store=store)
+    cf.tl.decompose(adata, fate, **options, store=store)
     write(adata, target)
     print_tables(adata, key)
     logger.info("results are in %s, uns[%r]", target, key)
     return 0
-
-
-def _many(fate: str | list[str] | None) -> list[str] | None:
-    return [fate] if isinstance(fate, str) else fate

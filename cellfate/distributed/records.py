@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cellfate.distributed.posteriors import Found
 from cellfate.errors import DataError, Failure
 from cellfate.inference.fit import GLMMFit
+from cellfate.inference.hyperposterior import Hyperposterior
 
-KINDS = {kind.__name__: kind for kind in (GLMMFit, Failure)}
+KINDS = {kind.__name__: kind for kind in (GLMMFit, Failure, Found, Hyperposterior)}
 ARRAY, KIND, TUPLE = "__array__", "__kind__", "__tuple__"
 
 

@@ -24,7 +24,7 @@ from cellfate.io.columns import check_adata
 from cellfate.io.many import Fates, find_fates
 from cellfate.io.store import write_table
 from cellfate.tl.fitted import fitted
-from cellfate.tl.trees import arguments_of
+from cellfate.tl.posteriors import arguments_of
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
-from cellfate.distributed.executors import Dask, executor, here
+from cellfate.distributed.executors import executor, here
 from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM
 from cellfate.io.again import GIVEN, named, noted_groups
@@ -28,7 +28,8 @@ from cellfate.io.trees import find_trees, one_of_one, under_each
 from cellfate.tl.components import check_kernels, components_of, with_truncation
 from cellfate.tl.jobs import Run, check_store
 from cellfate.tl.many import fit_all
-from cellfate.tl.trees import arguments_of, check_weights, fit_on_worker, fit_trees
+from cellfate.tl.posteriors import arguments_of, fit_elsewhere
+from cellfate.tl.trees import check_weights, fit_trees
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
 
@@ -177,8 +178,8 @@ def decompose(
         A `dask.distributed.Client`: fates, or the fits under each of several trees, are computed in chunks by its workers, each on one
         thread, and with ``device="cuda"`` on the GPU that it sees. Results are those of one process to the last bit, on the same device.
     store
-        A folder in which chunks of many fates are kept as they are finished. The same call goes on from there, and computes what is
-        missing; with other inputs or settings it is refused. Without `rng` the seed is that of the store.
+        A folder in which chunks of fates, or the fits under several trees, are kept as they are finished. The same call goes on from
+        there, and computes what is missing; with other inputs or settings it is refused. Without `rng` the seed is that of the store.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -204,7 +205,7 @@ def decompose(
     DataError
         Where the input breaks the data contract; the message names the key, what was found and what to do.
     NotImplementedError
-        For several fates under several trees: fit one fate at a time, or all under one tree. For a `store` of one fate.
+        For several fates under several trees: fit one fate at a time, or all under one tree.
     Interrupted
         Where the scheduler of `client` went away; the message says how many chunks are in the store.
 
@@ -230,10 +231,6 @@ def decompose(
     check_adata(adata)
     check_free(adata, key_added)
     check_store(store)
-    if store is not None and isinstance(fate, str):
-        raise NotImplementedError(
-            f"store={str(store)!r} keeps chunks of many fates, and {fate!r} is one. Give a list of fates, or leave it out."
-        )
     workers = executor(client)
     if client is not None:
         model["device"] = here(workers.device(device))
@@ -304,14 +301,16 @@ def decompose(
         **model,
         "device": device,
     }
+    run = None
+    if client is not None or store is not None:
+        there = workers.device(device)  # what it is resolved to: results differ between kinds
+        told = {name: value for name, value in params.items() if name not in ("version", "levels")}
+        run = Run(workers, store, {**told, "device": there.type, "chunk_size": chunk_size}, there)
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
         table = None
-        there = workers if isinstance(workers, Dask) else None
-        if there is not None:
-            glmm = glmm.plain(there.device(device))
-        if trees is None and there is not None:
-            fit = fit_on_worker(glmm, cells, rng, there)
+        if trees is None and run is not None:
+            fit = fit_elsewhere(glmm, cells, rng, run)
         elif trees is None:
             fit = glmm.fit(**arguments_of(cells), rng=rng)
         else:
@@ -325,7 +324,7 @@ def decompose(
                 library_key=library_key,
                 trials=trials,
             )
-            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng, there)
+            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng, run)
         fit, doubt = with_truncation(fit, components)
         if doubt:
             warnings.warn(doubt, CellfateWarning, stacklevel=2)
@@ -337,12 +336,7 @@ def decompose(
         fates = find_fates(
             adata, fate, layer=layer, min_cells=min_cells, kind=glmm.family.kind, trials=trials, kept=cells.kept
         )
-        run = None
-        if client is not None or store is not None:
-            kind = workers.device(device).type  # what it is resolved to: results differ between the two
-            told = {name: value for name, value in params.items() if name not in ("version", "levels")}
-            run = Run(workers, store, {**told, "device": kind, "chunk_size": chunk_size})
-        found = fit_all(glmm, cells, fates, formula, rng, chunk_size, run, device)
+        found = fit_all(glmm, cells, fates, formula, rng, chunk_size, run)
         adata = adata.copy() if copy else adata
         write_many(adata, key_added, found, fates.names if fates.only_genes else None, params)
     return adata if copy else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,12 @@ from cellfate.inference.dispersion import Trend, columns_at, spread_over_means, 
 from cellfate.inference.fit import GLMMFit
 from cellfate.inference.many import Responses, chunks
 from cellfate.io.many import Fates
+from cellfate.kernels.base import Component
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
 TREND = "dispersion_trend"
 StorePath = str | os.PathLike[str]
@@ -33,11 +36,12 @@ StorePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Run:
-    """Who computes, where it is kept (None: nowhere), and the settings that a store is held against."""
+    """Who computes, where it is kept (None: nowhere), the settings that a store is held against, and on which device."""
 
     executor: Executor
     store: StorePath | None
     settings: Mapping[str, Any]
+    device: str | torch.device = "auto"
 
 
 def seed_of(rng: SeedLike | None, store: StorePath | None) -> int:
@@ -52,23 +56,30 @@ def fit_chunks(responses: Responses, fates: Fates, run: Run, chunk_size: int | s
     parts = chunks(len(fates.names), responses.n, layout(responses, chunk_size))
     logger.info("%s", responses.glmm.reason)
     store = None if run.store is None else _opened(responses, fates, run, parts)
-    found: dict[int, list[GLMMFit | Failure]] = {}
+    # of those that share tables last digits depend on the threads, which are then the store's
+    threads = store.threads if store is not None and responses.shares_tables else run.executor.threads
+    work = _Chunks(FitJob(responses, threads), fates, parts, run.executor, store)
+    found = with_store(store, len(parts), work.compute)
+    return [one for index in range(len(parts)) for one in found[index]]
+
+
+def with_store(
+    store: Store | None, count: int, compute: Callable[[Sequence[int], dict[int, list[Any]]], None]
+) -> dict[int, list[Any]]:
+    """Answers of all chunks: those that a store has, and those that `compute` adds, given which are missing."""
+    found: dict[int, list[Any]] = {}
     if store is not None:
         kept = ((index, store.read(index)) for index in store.done())
         found = {index: answers for index, answers in kept if answers is not None}
-    missing = [index for index in range(len(parts)) if index not in found]
     if found:
-        logger.info("%d of %d chunks are there already", len(found), len(parts))
+        logger.info("%d of %d chunks are there already", len(found), count)
+    missing = [index for index in range(count) if index not in found]
     if missing:
-        # of those that share tables last digits depend on the threads, which are then the store's
-        threads = store.threads if store is not None and responses.shares_tables else run.executor.threads
-        job = FitJob(responses, threads)
-        work = _Chunks(job, fates, parts, run.executor, store)
         try:
-            work.compute(missing, found)
+            compute(missing, found)
         except (Interrupted, KeyboardInterrupt) as error:
-            raise type(error)(_stopped(error, store, len(found), len(parts))) from error
-    return [one for index in range(len(parts)) for one in found[index]]
+            raise type(error)(_stopped(error, store, len(found), count)) from error
+    return found
 
 
 def _stopped(error: BaseException, store: Store | None, done: int, count: int) -> str:
@@ -162,24 +173,38 @@ def _with_reasons(task: Task, answer: Any) -> list[GLMMFit | Failure]:
 
 def _opened(responses: Responses, fates: Fates, run: Run, parts: Sequence[slice]) -> Store:
     """The store of this job; everything that goes into it is read once for its digest."""
-    inputs = {
-        "design": digest([responses.X, list(responses.terms or ())]),
-        "offset": digest(responses.offset),
-        "trials": digest(responses.trials),
-        "cells": digest(fates.kept),
-        **{f"component {c.name!r}": digest(c.kernel) for c in responses.glmm.components},
-    }
+    inputs = inputs_of(
+        responses.glmm.components, responses.X, responses.terms, responses.offset, responses.trials, fates.kept
+    )
     columns = []
     with progress(total=len(fates.names), desc="checking inputs", unit="response") as bar:
         for part in parts:
             columns.append(digest(fates.read(part)))
             bar.update(part.stop - part.start)
-    settings = json.loads(json.dumps({**run.settings, "seed": responses.seed}, default=str))
+    settings = settings_of(run, responses.seed)
     assert run.store is not None
     return Store.open(
         run.store,
         Plan(inputs, settings, list(fates.names), [(p.start, p.stop) for p in parts], columns, run.executor.threads),
     )
+
+
+def inputs_of(
+    components: Sequence[Component], X: Any, terms: Sequence[str] | None, offset: Any, trials: Any, kept: Any
+) -> dict[str, str]:
+    """Digests of what all chunks share."""
+    return {
+        "design": digest([X, list(terms or ())]),
+        "offset": digest(offset),
+        "trials": digest(trials),
+        "cells": digest(kept),
+        **{f"component {c.name!r}": digest(c.kernel) for c in components},
+    }
+
+
+def settings_of(run: Run, seed: int | None) -> dict[str, Any]:
+    """As a manifest holds them."""
+    return dict(json.loads(json.dumps({**run.settings, "seed": seed}, default=str)))
 
 
 def check_store(store: Any) -> None:

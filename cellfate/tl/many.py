@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
@@ -16,9 +15,6 @@ from cellfate.tl.components import with_truncation
 from cellfate.tl.jobs import Run, fit_chunks, seed_of
 from cellfate.trees.forest import examples
 
-if TYPE_CHECKING:
-    import torch
-
 
 def fit_all(
     glmm: GLMM,
@@ -28,11 +24,10 @@ def fit_all(
     rng: SeedLike | None,
     chunk_size: int | str,
     run: Run | None = None,
-    device: str | torch.device = "auto",
 ) -> list[GLMMFit | Failure]:
     """The fits of all fates in their order, or why one has none; warns of those, and of those in doubt.
 
-    With a `run` in chunks, elsewhere or into a store; there, on `device`.
+    With a `run` in chunks, elsewhere or into a store.
     """
     own = [name for name in fates.names if name in columns_of(formula) or name in cells.groups]
     if own:
@@ -49,7 +44,7 @@ def fit_all(
         )
     else:
         responses = Responses(
-            glmm.plain(run.executor.device(device)),
+            glmm.plain(run.executor.device(run.device)),
             len(fates.names),
             cells.n,
             cells.design,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cellfate._runtime import SeedLike, generator, logger, one_of_many, progress
+from cellfate._runtime import SeedLike, logger, one_of_many, progress
 from cellfate.cells import Cells
-from cellfate.distributed.executors import Dask, answered
-from cellfate.distributed.posteriors import Ask, PosteriorJob, received
-from cellfate.distributed.tasks import Task
 from cellfate.errors import DataError, unknown
 from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.inference.pooled import (
@@ -32,6 +28,8 @@ from cellfate.io.lineage import Ancestry
 from cellfate.io.trees import Trees
 from cellfate.kernels.base import Component
 from cellfate.tl.components import under_tree
+from cellfate.tl.jobs import Run
+from cellfate.tl.posteriors import arguments_of, posteriors, stream_of
 from cellfate.trees.forest import examples
 
 EVIDENCE, EQUAL = "evidence", "equal"
@@ -67,14 +65,14 @@ def fit_trees(
     tree_weights: Any,
     lineage_kernel: str,
     rng: SeedLike | None,
-    workers: Dask | None = None,
+    run: Run | None = None,
 ) -> tuple[GLMMFit, pd.DataFrame]:
     """The pooled fit, and a row for each tree; `glmm` is the model under the first, `cells` are those under each.
 
-    Where there are `workers`, `glmm` is on their device, and the fit under each tree is a task of theirs.
+    With a `run` the fit under each tree is a task.
     """
     began, names = time.perf_counter(), trees.names
-    stream = generator(rng)
+    stream, given = stream_of(rng, run)
     seed = int(deepcopy(stream).integers(2**62))  # of the pooling, whichever tree comes first
     # the same numbers for every tree: errors of the integration are then alike, and cancel where trees are compared
     streams = [stream, *(deepcopy(stream) for _ in names[1:])]
@@ -88,8 +86,9 @@ def fit_trees(
     tasks = list(zip(components, cells, trees.ancestries, streams, strict=True))
     by_evidence = isinstance(tree_weights, str) and tree_weights == EVIDENCE
     found: list[Integrated] = []
-    if workers is not None:
-        found = _on_workers(glmm, components, cells[0], trees, streams, workers)
+    if run is not None:
+        labels = [f"the fit under {ancestry.label}" for ancestry in trees.ancestries]
+        found = posteriors(glmm, cells[0], components, streams, labels, names, run, given)
     else:
         found = [_posterior(glmm, *tasks[0])]  # says what is not about the tree
     if by_evidence and np.isnan(found[0].posterior.log_evidence):
@@ -117,57 +116,6 @@ def fit_trees(
     fit.diagnostics["seconds"] = time.perf_counter() - began
     _say(names, weight, facts, by_evidence=by_evidence)
     return fit, _table(names, weight, told)
-
-
-def _on_workers(
-    glmm: GLMM,
-    components: Sequence[Sequence[Component]],
-    cells: Cells,
-    trees: Trees,
-    streams: Sequence[np.random.Generator],
-    workers: Dask,
-) -> list[Integrated]:
-    """The posterior under each tree, in their order."""
-    labels = [ancestry.label for ancestry in trees.ancestries]
-    job = PosteriorJob(glmm.plain(), arguments_of(cells), workers.threads)
-    tasks = [Task(i, f"the fit under {labels[i]}", Ask(components[i], streams[i])) for i in range(len(labels))]
-    found: dict[int, Integrated] = {}
-    with (
-        progress(total=len(tasks), desc="trees", unit="tree") as bar,
-        closing(workers.run(job, tasks)) as answers,
-    ):
-        for task, (posterior, moved) in answered(answers):
-            found[task.index] = received(posterior)
-            if task.index == 0:  # the caller's own, which moves on for the caller, too
-                streams[0].bit_generator.state = moved.bit_generator.state
-            bar.update()
-    return [found[i] for i in range(len(tasks))]
-
-
-def fit_on_worker(glmm: GLMM, cells: Cells, rng: SeedLike | None, workers: Dask) -> GLMMFit:
-    """What `glmm.fit` gives, on a worker."""
-    began, stream = time.perf_counter(), generator(rng)
-    job = PosteriorJob(glmm.plain(), arguments_of(cells), workers.threads)
-    logger.info("%s is fitted by a worker", cells.response_name)
-    with closing(workers.run(job, [Task(0, f"the fit of {cells.response_name!r}", Ask(None, stream))])) as answers:
-        ((_, (posterior, moved)),) = answered(answers)
-    stream.bit_generator.state = moved.bit_generator.state
-    fit = report(received(posterior), cells.response_name)
-    fit.diagnostics["seconds"] = time.perf_counter() - began
-    return fit
-
-
-def arguments_of(cells: Cells) -> dict[str, Any]:
-    """Of :meth:`cellfate.GLMM.fit` and the like, but for `rng`."""
-    return {
-        "y": cells.response,
-        "X": cells.design,
-        "offset": cells.offset,
-        "trials": cells.trials,
-        "terms": cells.terms,
-        "levels": cells.levels,
-        "response": cells.response_name,
-    }
 
 
 def _posterior(

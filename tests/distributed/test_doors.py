@@ -37,8 +37,17 @@ def test_one_fate(fitted, client):
     same_fit(fitted, there)
 
 
+def test_one_fate_in_a_store(fitted, tmp_path, monkeypatch):
+    options = {"family": "poisson", **SETTINGS, "store": tmp_path / "s", "copy": True}
+    same_fit(fitted, cf.tl.decompose(fitted, "gene0", **options))
+    monkeypatch.setattr(cf.GLMM, "posterior", None)  # it is not computed again
+    same_fit(fitted, cf.tl.decompose(fitted, "gene0", **options))
+    with pytest.raises(cf.DataError, match="begun with fate='gene0', and now fate is 'gene1'"):
+        cf.tl.decompose(fitted, "gene1", **options)
+
+
 @pytest.mark.parametrize("weights", ["evidence", "equal"])
-def test_a_fate_under_several_trees(client, weights):
+def test_a_fate_under_several_trees(client, weights, tmp_path):
     adata = embryo(genes=1)
     other = adata.uns["tree"].replace("cell7:", "x:").replace("cell9:", "cell7:").replace("x:", "cell9:")
     adata.uns["other"] = other
@@ -48,6 +57,11 @@ def test_a_fate_under_several_trees(client, weights):
     there = cf.tl.decompose(adata, "gene0", **options, rng=streams[1], client=client, copy=True)
     same_fit(here, there)
     assert streams[0].random() == streams[1].random()  # the caller's has moved on as far
+    kept = {"rng": 3, "store": tmp_path / "s", "copy": True}
+    first = cf.tl.decompose(adata, "gene0", **options, **kept, client=client)
+    (tmp_path / "s" / "chunks" / "00001.zarr.zip").unlink()
+    for again in (first, cf.tl.decompose(adata, "gene0", **options, **kept)):
+        same_fit(here, again)
 
 
 @pytest.mark.parametrize(("method", "options"), [("score", {}), ("bootstrap", {"n_boot": 12})])

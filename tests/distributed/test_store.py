@@ -206,9 +206,7 @@ def test_without_a_seed_the_store_has_one(genes, tmp_path):
     assert_same(one, other)
 
 
-def test_one_fate_has_no_store(genes, tmp_path):
-    with pytest.raises(NotImplementedError, match="'gene0' is one"):
-        cf.tl.decompose(genes, "gene0", family="poisson", store=tmp_path / "s")
+def test_a_store_is_a_folder(genes):
     with pytest.raises(DataError, match="store is a int, wanted the name of a folder"):
         cf.tl.decompose(genes, ["gene0"], family="poisson", store=3)
 
