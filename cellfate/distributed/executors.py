@@ -7,7 +7,9 @@ time and again, the task is tried by itself, piece by piece, until it is clear w
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
 import time
 import uuid
 import warnings
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 Answers: TypeAlias = Generator[tuple[Task, Any], None, None]
 AHEAD = 2  # tasks under way for each thread of a worker
 FEWEST_AHEAD = 4
+ASKED_AGAIN = 2.0  # seconds after which it is asked again how many workers there are
 BEAT = 20.0  # seconds without an answer, after which it is looked whether there are workers
 LOST_TWICE = 3  # times that a task is handed out again, where the cluster forgot it
 
@@ -152,7 +155,7 @@ class _Run:
         self.pending: dict[Future, tuple[Task, int]] = {}
         self.again: list[tuple[Task, int]] = []  # forgotten by the cluster
         self.suspects: list[Task] = []
-        self.handed = 0
+        self.handed, self.ahead, self.asked_at = 0, FEWEST_AHEAD, -math.inf
         self.answer_task = answer_task
 
     def answers(self, tasks: Iterable[Task]) -> Answers:
@@ -215,9 +218,7 @@ class _Run:
         return Lost(task.label, reason)
 
     def _fill(self, source: Iterator[Task], limit: int | None) -> None:
-        most = limit
-        if most is None:
-            most = max(FEWEST_AHEAD, AHEAD * sum(self._asked(self.client.nthreads).values()))
+        most = self._ahead() if limit is None else limit
         while len(self.pending) < most:
             if self.again:
                 task, times = self.again.pop()
@@ -239,12 +240,19 @@ class _Run:
                 )
             self.pending[future] = task, times
 
+    def _ahead(self) -> int:
+        """How many tasks may be under way, by the workers there are now."""
+        if time.monotonic() > self.asked_at + ASKED_AGAIN:
+            self.asked_at = time.monotonic()
+            self.ahead = max(FEWEST_AHEAD, AHEAD * sum(self._asked(self.client.nthreads).values()))
+        return self.ahead
+
     def _done(self) -> list[Future]:
         """Those that have an answer, at least one; meanwhile it is said where nothing can go on."""
         from distributed import CancelledError
 
         while True:
-            with contextlib.suppress(TimeoutError, CancelledError):
+            with contextlib.suppress(TimeoutError, CancelledError, asyncio.CancelledError):
                 self.wait(list(self.pending), timeout=BEAT, return_when="FIRST_COMPLETED")
             done = [future for future in self.pending if future.status not in ("pending", "processing")]
             if done:
@@ -279,13 +287,15 @@ class _Run:
             self.client.unregister_worker_plugin(self.name)
 
     def _asked(self, call: Any, *arguments: Any, **options: Any) -> Any:
+        """What the client answers; where it has lost its scheduler, it is not waited for another."""
+        self._check_there(None)
         try:
             return call(*arguments, **options)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # the latter where the connection is lost meanwhile
             self._check_there(error)
             raise
 
-    def _check_there(self, error: BaseException) -> None:
+    def _check_there(self, error: BaseException | None) -> None:
         """Is the scheduler there? If not, say so in place of what its absence led to."""
         reason = getattr(error, "reason", None)
         if reason == "scheduler-connection-lost" or self.client.status != "running":

@@ -98,5 +98,6 @@ def test_a_response_that_cannot_be_read_has_no_part_in_it(glmm, genes):
     def read(part):
         return [DataError("no") if i == 3 else counts[:, i] for i in range(*part.indices(GENES))]
 
-    trend = dispersion_trend(glmm.shared(), names, read, chunks(GENES, N, 7), np.ones((N, 1)), None, None)
+    ready = Responses(glmm, GENES, N, np.ones((N, 1))).ready()
+    trend = dispersion_trend(names, read, chunks(GENES, N, 7), ready.estimates)
     assert trend is not None
