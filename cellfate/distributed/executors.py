@@ -82,12 +82,18 @@ class Dask(Executor):
     def __init__(self, client: Client) -> None:
         check_client(client)
         self.client = client
+        self._devices: dict[str, torch.device] = {}
 
     @property
     def threads(self) -> int:
         return 1  # a core each: tasks stand side by side already
 
     def device(self, device: str | torch.device) -> torch.device:
+        if str(device) not in self._devices:
+            self._devices[str(device)] = self._device(device)
+        return self._devices[str(device)]
+
+    def _device(self, device: str | torch.device) -> torch.device:
         wanted = torch.device("cpu") if str(device) == "auto" else torch.device(device)
         if wanted.type == "cpu" and str(device) != "auto":
             return wanted
@@ -268,10 +274,12 @@ class _Run:
             try:
                 self.client.register_plugin(plugin, name=self.name)
                 return
-            except (
-                OSError,
-                TimeoutError,
-            ) as error:  # a worker went away meanwhile; those that come get the job as well
+            except ModuleNotFoundError as error:
+                raise DataError(
+                    f"workers at {self.where} cannot take the job: {error}. Install cellfate there, as it is here."
+                ) from error
+            except (OSError, TimeoutError) as error:
+                # a worker went away meanwhile; those that come get the job as well
                 self._check_there(error)
                 if attempt == 4:
                     raise

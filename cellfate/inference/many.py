@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cellfate._runtime import logger, named_generator, progress, side_by_side
+from cellfate._runtime import announce, logger, named_generator, progress, side_by_side
 from cellfate.cells import Coded
 from cellfate.errors import DataError, Failure
 from cellfate.inference.arrays import numbers, term_names
@@ -145,7 +145,7 @@ def _together(glmm: GLMM, of: Responses) -> Together | None:
     if not of.shares_tables:
         if glmm.family.name == "gaussian" and of.count >= ENOUGH:
             refused = can_serve(glmm.components, engine=glmm.engine_name, reml=glmm.reml)
-            logger.info("each of %d responses is fitted by itself: %s", of.count, refused)
+            announce("each of %d responses is fitted by itself: %s", of.count, refused)
         return None
     design = np.zeros((of.n, 0)) if of.X is None else numbers("X", of.X, 2, of.n)
     names = term_names(of.terms, design.shape[1])

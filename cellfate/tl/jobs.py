@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 TREND = "dispersion_trend"
+LINES = 10  # of a log that say how many chunks are done
 StorePath = str | os.PathLike[str]
 
 
@@ -110,7 +111,8 @@ class _Chunks:
                     said = _with_reasons(task, answer)
                     found[task.index] = said if self.store is None else self.store.write(task.index, said)
                     bar.update(len(said))
-                    logger.debug("%s is done, %d of %d", task.label, len(found), len(self.parts))
+                    if len(found) % max(1, len(self.parts) // LINES) == 0:
+                        logger.info("%d of %d chunks are done", len(found), len(self.parts))
 
     def _tasks(
         self, missing: Sequence[int], trend: Trend | None, found: dict[int, list[GLMMFit | Failure]]

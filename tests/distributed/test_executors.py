@@ -143,6 +143,26 @@ def test_an_error_of_a_task_is_the_error(client):
     assert answers(Dask(client), Hash(), numbered(2)) == {0: digests(0, 1), 1: digests(1, 2)}
 
 
+def test_workers_of_another_version_are_refused(client, monkeypatch):
+    from cellfate.distributed import worker
+
+    monkeypatch.setattr(worker, "__version__", "0.0.1")  # here, not there
+    with pytest.raises(DataError, match=r"the worker at tcp://.* has cellfate .*, and the client 0\.0\.1"):
+        list(Dask(client).run(Hash(), numbered(2)))
+
+
+def test_threads_of_a_process_are_put_back_when_the_last_task_ends():
+    from cellfate.distributed.worker import PINNED
+
+    before = torch.get_num_threads()
+    one, other = PINNED.on(before + 2), PINNED.on(before + 2)
+    with one:
+        other.__enter__()
+    assert torch.get_num_threads() == before + 2
+    other.__exit__(None, None, None)
+    assert torch.get_num_threads() == before
+
+
 def test_what_is_no_client_is_refused(genes, client):
     with pytest.raises(DataError, match=r"client is a str, wanted a dask\.distributed\.Client"):
         decomposed(genes, client="tcp://127.0.0.1:8786")
