@@ -75,6 +75,11 @@ def noted(store: Path, source: Path, out: Path | None, options: Mapping[str, Any
         logger.addHandler(handler)
     try:
         yield
+    except BaseException as error:  # the screen gets it later, and may be gone
+        handler.handle(
+            logger.makeRecord(logger.name, logging.ERROR, "", 0, f"{type(error).__name__}: {error}", (), None)
+        )
+        raise
     finally:
         logger.removeHandler(handler)
         handler.close()

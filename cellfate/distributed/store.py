@@ -72,6 +72,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str], plan: Plan) -> None:
         self.folder, self.plan, self.key = Path(folder), plan, plan.key
         self.threads = plan.threads
+        self._damaged: dict[int, int] = {}  # chunks, and when their files were written
 
     # -- the job -------------------------------------------------------------------------------------------------------
 
@@ -171,8 +172,19 @@ class Store:
         except FileNotFoundError:
             return None
         except StoreError as error:
+            self._damaged[index] = self._written(index)
             warn(f"{error} It is computed again.", stacklevel=4)
             return None
+
+    def finished_by_another(self, index: int) -> bool:
+        """Whether a chunk is there that was missing, or damaged, when it was looked for."""
+        return index in self and self._damaged.get(index) != self._written(index)
+
+    def _written(self, index: int) -> int:
+        try:
+            return self.path(index).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def write(self, index: int, answers: Sequence[Any]) -> list[Any]:
         """Keep the answers of a chunk, and give them back as they will be read."""

@@ -119,7 +119,7 @@ class _Chunks:
     ) -> Iterator[Task]:
         """A chunk each, read when it is handed out; one that another job on this store has finished meanwhile is taken from there."""
         for index in missing:
-            if self.store is not None and index in self.store:
+            if self.store is not None and self.store.finished_by_another(index):
                 answers = self.store.read(index)
                 if answers is not None:
                     found[index] = answers

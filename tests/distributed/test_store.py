@@ -79,8 +79,9 @@ def test_a_file_that_is_cut_short_is_seen_and_computed_again(genes, finished, co
     path = copied / "chunks" / "00001.zarr.zip"
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole))])
-    with pytest.warns(cf.CellfateWarning, match=r"00001.zarr.zip is damaged or cut short .* computed again"):
+    with pytest.warns(cf.CellfateWarning, match=r"00001.zarr.zip is damaged or cut short .* computed again") as said:
         again = decomposed(genes, store=copied, chunk_size=2)
+    assert sum("damaged" in str(one.message) for one in said) == 1
     assert_same(finished[1], again)
     assert found_at(copied).read(1) is not None
 
