@@ -32,7 +32,7 @@ AHEAD = 2  # tasks under way for each thread of a worker
 FEWEST_AHEAD = 4
 ASKED_AGAIN = 2.0  # seconds after which it is asked again how many workers there are
 BEAT = 20.0  # seconds without an answer, after which it is looked whether there are workers
-LOST_TWICE = 3  # times that a task is handed out again, where the cluster forgot it
+FORGOTTEN = 3  # times that a task is handed out again, where the cluster forgot it
 
 
 class Executor(ABC):
@@ -193,9 +193,9 @@ class _Run:
                     continue
                 except CancelledError as error:
                     self._check_there(error)
-                    if times >= LOST_TWICE:
+                    if times >= FORGOTTEN:
                         raise Interrupted(
-                            f"the cluster at {self.where} dropped {task.label} {times + 1} times."
+                            f"the cluster at {self.where} dropped {task.label} {times + 1} times"
                         ) from error
                     self.again.append((task, times + 1))
                     continue

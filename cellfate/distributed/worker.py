@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from threading import Lock
 from typing import Any
@@ -14,6 +15,8 @@ from cellfate import __version__
 from cellfate._runtime import one_of_many
 from cellfate.distributed.tasks import Job, Work
 from cellfate.errors import DataError
+
+PATIENCE = 10.0  # seconds that a task waits for its job
 
 
 class Holder(WorkerPlugin):
@@ -78,6 +81,9 @@ PINNED = _Pinned()  # of the process, as the number of threads is
 
 def answer_task(name: str, data: Any) -> Any:
     """The answer to a task of the job called `name`."""
-    holder = get_worker().plugins[name]
+    plugins, end = get_worker().plugins, time.monotonic() + PATIENCE
+    while name not in plugins and time.monotonic() < end:
+        time.sleep(0.05)  # of a worker that has just come, and is about to be given the job
+    holder = plugins[name]
     assert isinstance(holder, Holder)
     return holder.answer(data)

@@ -268,3 +268,16 @@ def test_what_slurm_is_asked_for():
     assert "--nthreads 1" in script
     with pytest.raises(DataError, match=r"Give what they need in a table \[slurm\] of --config"), cluster("slurm", 1):
         pass
+
+
+def test_without_dask_it_is_said_what_to_install(source, genes, tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    code, out, err = run(capsys, "decompose", source, *WORDS, "--out", tmp_path / "out.h5ad", "--workers", "2")
+    assert (code, out) == (2, "")
+    assert 'Running on a cluster needs Dask: pip install "cellfate[cluster]".' in err
+    with pytest.raises(ModuleNotFoundError, match=r"cellfate\[cluster\]"):
+        cf.tl.decompose(genes, GENES, family="poisson", client="a client")
+    one = genes[:, :1].copy()
+    cf.tl.decompose(one, ["gene0"], family="poisson", lengthscale=0.7, store=tmp_path / "s")  # needs none
