@@ -43,7 +43,7 @@ def shares(key: str) -> str:
 
 
 def residual(key: str) -> str:
-    """The `obs` column of residuals."""
+    """The `obs` column of residuals; of fates without an order, which have one each, the `obsm` slot."""
     return f"{key}_residual"
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import cellfate as cf
+from cellfate.inference.checks import check
 from cellfate.inference.free_energy import evaluate_with_gradient
 from cellfate.inference.hyperposterior import integrate
 from cellfate.inference.locate import locate
@@ -96,3 +97,24 @@ def test_mode_and_integration_stay_there(engine, monkeypatch):
 def test_the_fake_device_refuses_company():
     with fake_cuda(), pytest.raises(RuntimeError, match="on the CPU, others on cuda:0"):
         torch.ones(3, device="cuda") + torch.ones(3)
+
+
+@pytest.mark.parametrize("engine", ["dense", "structured"])
+@pytest.mark.parametrize("family", ["binomial", "ordinal", "categorical"])
+@pytest.mark.filterwarnings("ignore::cellfate.errors.CellfateWarning")
+def test_checks_stay_there(family, engine):
+    """Cells and sets of cells predicted from the rest."""
+
+    def checked(device):
+        y, more = response(family)
+        glmm = cf.GLMM(family, {"batch": components()["batch"]}, engine=engine, device=device)
+        model, its, _ = glmm.on(y, np.ones((N, 1)), **more).problem
+        theta = model.theta(model.start()[None])
+        found = check(model, its, glmm.rule, theta, 1, {"set": np.arange(N) % 3}, 2, np.random.default_rng(0))
+        return [x for one in found.predicted.values() for x in (one.log_p, one.below, one.upto, one.mean)]
+
+    wanted = checked("cpu")
+    with fake_cuda():
+        found = checked("cuda")
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)

@@ -44,6 +44,7 @@ class Posterior(ABC):
     With K the prior covariance and T the diagonal of site precisions: Sigma = (K^-1 + T)^-1, R = (K + T^-1)^-1.
     """
 
+    prior: Any  # what the engine prepared of the components
     sites: Sites
     mean: Tensor  # (..., n)
     variance: Tensor  # (..., n), the diagonal of Sigma
@@ -72,6 +73,10 @@ class Posterior(ABC):
     @abstractmethod
     def prior_times(self, x: Tensor) -> Tensor:
         """K x for columns x (..., n, k)."""
+
+    @abstractmethod
+    def component_times(self, term: Term, x: Tensor) -> Tensor:
+        """The same of one component, variance included."""
 
     @abstractmethod
     def surrogate(self, terms: Sequence[Term], pair: Tensor | None = None, omega: Tensor | None = None) -> Tensor:

@@ -351,7 +351,7 @@ class DensePosterior(LowRankPosterior):
             return self.prior.units[term.name]
         return self.engine._unit(term)
 
-    def _term_times(self, term: Term, x: Tensor) -> Tensor:
+    def component_times(self, term: Term, x: Tensor) -> Tensor:
         if self.engine._inside(term):
             parts = zip(self._unit(term), self.engine.blocks.gather(x), strict=True)
             return term.variance[..., None, None] * self.engine.blocks.scatter([k @ part for k, part in parts])
@@ -360,7 +360,7 @@ class DensePosterior(LowRankPosterior):
         return phi @ (term.variance[..., None, None] * term.structure.times(phi.mT @ x))
 
     def component_mean(self, term: Term) -> Tensor:
-        return self._term_times(term, self.weights[..., None])[..., 0]
+        return self.component_times(term, self.weights[..., None])[..., 0]
 
     def component_variance(self, term: Term) -> Tensor:
         if not self.engine._inside(term):
@@ -410,7 +410,7 @@ class DensePosterior(LowRankPosterior):
         u = sum(drawn.values(), start=self.mean.new_zeros(()))
         xi = normal(self.engine.n)
         correction = self.weights[..., None] - self._residual_of(torch.as_tensor(u), xi)
-        return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
+        return {term.name: drawn[term.name] + self.component_times(term, correction) for term in terms}
 
     def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:
         return elsewhere.dense_ancestors(self, term, self.engine._kernels[term.name])

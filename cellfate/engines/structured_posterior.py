@@ -293,8 +293,7 @@ class StructuredPosterior(LowRankPosterior):
             return self.prior.parts[term.name]
         return self.engine.part(term)
 
-    def _term_times(self, term: Term, x: Tensor) -> Tensor:
-        """K_term x."""
+    def component_times(self, term: Term, x: Tensor) -> Tensor:
         part, out = self._part(term), torch.zeros_like(x)
         if part.walk is not None:
             out = out + part.walk.times(x)
@@ -307,7 +306,7 @@ class StructuredPosterior(LowRankPosterior):
 
     def component_mean(self, term: Term) -> Tensor:
         if not any(term is own for own in self.prior.terms) or self._part(term).spectrum is None:
-            return self._term_times(term, self.weights[..., None])[..., 0]
+            return self.component_times(term, self.weights[..., None])[..., 0]
         # by the coefficients: K b has fewer digits where a prior is wide
         layout, phi = self._columns.of(term.name)
         mean = layout.times(phi, self._coefficients[..., self._slots[term.name], :])[..., 0]
@@ -366,7 +365,7 @@ class StructuredPosterior(LowRankPosterior):
             drawn[term.name] = field
         u = torch.as_tensor(sum(drawn.values(), start=self.mean.new_zeros(())))
         correction = self.weights[..., None] - self._residual_of(u, normal(self.engine.n))
-        return {term.name: drawn[term.name] + self._term_times(term, correction) for term in terms}
+        return {term.name: drawn[term.name] + self.component_times(term, correction) for term in terms}
 
     def ancestors(self, term: Term) -> tuple[Tensor, Tensor]:
         return elsewhere.structured_ancestors(self, term)

@@ -31,10 +31,12 @@ def components(adata: AnnData, key: str = _keys.KEY, *, scale: str = "latent") -
     scale
         ``"latent"``: the linear predictor. ``"link"``: with the variance of the family's own distribution.
         ``"realized"``: of the variance in these very cells what is each component's own, with what two of them explain alike, and
-        no data can divide, as the row `shared`: twice the covariance of their expected effects, as in commonality analysis.
+        no data can divide, as the row `shared`: twice the covariance of what they are expected to hold of the whole field.
         ``"observation"``: first-order shares of the variance of the fate itself, with the `interaction` that a link makes.
         ``"additive"``: the same as far as a line follows the link, the additive variance of quantitative genetics; the rest of
-        the mean is `nonlinear`. Not for gaussian fates, whose latent scale it is, nor for ordinal and categorical ones.
+        the mean is `nonlinear`. Of categorical fates the variance is the sum of those of all fates (Gini's index, what the Brier
+        score measures; Light & Margolin 1971), of ordinal ones the sum over their cut points (what the ranked probability score
+        measures; Epstein 1969), whatever numbers the levels have. Not for gaussian fates, whose latent scale it is.
 
     Returns
     -------
@@ -224,14 +226,16 @@ def trees(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
 def checks(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     """Return what the checks of a fit found.
 
-    Needs :func:`cellfate.tl.check`. The residuals themselves are in `adata.obs[f"{key}_residual"]`.
+    Needs :func:`cellfate.tl.check`. The residuals themselves are in `adata.obs[f"{key}_residual"]`, of categorical fates in `adata.obsm`.
 
     Returns
     -------
     Columns `check`; `over`, ``"cells"``, ``"space"``, ``"tree"`` or ``"draws"``; `observed`; `expected` where the model is right, with
     `lower` and `upper`, the 95% range of that; `p`, one-sided for Moran's I of residuals (random orders of the cells; below is no pattern
     that was missed), two-sided for what
-    is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole.
+    is of the fates (fates drawn again), of a Kolmogorov-Smirnov test for the residuals as a whole. The residuals of a yes or no, or of one
+    fate out of several, are normal as soon as its probabilities are right on average: look at their Moran's I, and at
+    :func:`calibration`. Of categorical and ordinal fates also `fate`, the one a row is about, empty where it is about all.
     """
     return _later(adata, key, _keys.CHECKS, "check", "")
 
@@ -245,19 +249,22 @@ def predictions(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
     -------
     Columns `left_out`, ``"cell"``, ``"clade"`` or ``"region"``; `sets`, how many of them; `log_score`, the mean log predictive density of
     a cell; and where each trial is a yes or no (bernoulli, binomial) `brier`, the mean squared error of the predicted probability, beside `brier_reference`, that
-    of the share over all cells.
+    of the share over all cells. Of categorical fates the squared errors are summed over the fates. Of ordinal ones there is the ranked
+    probability score in its place, `rps` (Epstein 1969): squared errors of the probabilities of being at most at each level, summed
+    over the levels, and `rps_reference`.
     """
     return _later(adata, key, _keys.PREDICTIONS, "check", "")
 
 
 def calibration(adata: AnnData, key: str = _keys.KEY) -> pd.DataFrame:
-    """Return how often what was predicted with some probability was so; of fates that are yes or no.
+    """Return how often what was predicted with some probability was so; of fates that are yes or no, or one of several.
 
     Needs :func:`cellfate.tl.check`.
 
     Returns
     -------
-    Columns `left_out`, `predicted` (mean probability in a tenth of the range), `observed` (share), `cells` and `trials`.
+    Columns `left_out`, `predicted` (mean probability in a tenth of the range), `observed` (share), `cells` and `trials`. Of categorical
+    and ordinal fates also `fate`: each against the rest.
     """
     return _later(adata, key, _keys.CALIBRATION, "check", "")
 

@@ -22,11 +22,13 @@ from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at, 
 from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
 from cellfate.inference.mode import LARGE, MEMORY, Mode, at_once
 from cellfate.inference.sites import Laplace, Likelihood, Rule
+from cellfate.kernels.base import Term
 from cellfate.model.glmm import FIXED, RESIDUAL, Model
 from cellfate.model.partition import SHARED
 from cellfate.model.priors import Flat
 
 LOOSE, LOOSER = 0.01, 0.03  # of site updates, means in sds and the free energy in nats; with many cells
+SLOW = 0.003  # the same where a cell has several fields: with many cells those settle slowly, and couplings between cells with them
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
@@ -36,6 +38,7 @@ FIELDS, FEWER = (
     16,
     6,
 )  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
+KNOWN = 2  # of the latter, that are divided among the components: over many cells a sample variance hardly differs between draws
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
@@ -51,8 +54,8 @@ class Hyperposterior:
     """Draws of hyperparameters and fixed effects, and what was integrated over them.
 
     values: natural value (DRAWS,) by name; beta: (DRAWS, p); effects: component -> mean and sd (n,); realized: component ->
-    (DRAWS,) of the sample variance over the cells, what is that component's own, and "shared" for twice the covariance of what is expected
-    of two of them.
+    (DRAWS,) of the sample variance over the cells of what the component is expected to hold of the whole field, and "shared" for twice the
+    covariance of what two of them are.
     """
 
     values: dict[str, np.ndarray]
@@ -368,35 +371,33 @@ def _evaluate_chunk(
 ) -> _Points:
     theta = model.theta(u)
     start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
-    here = evaluate(model, engine, theta, rule, start=start, tolerance=LOOSER if model.data.n > LARGE else LOOSE)
-    return _keep(model, u, here, log_evidence(model, here, rule) + model.log_prior(u), generators)
+    tolerance = LOOSE if model.data.n <= LARGE else SLOW if model.family.dear else LOOSER
+    here = evaluate(model, engine, theta, rule, start=start, tolerance=tolerance)
+    return _keep(model, engine, u, here, log_evidence(model, here, rule) + model.log_prior(u), generators)
 
 
-def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]) -> _Points:
+def _keep(
+    model: Model, engine: Engine, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]
+) -> _Points:
     posterior, terms = here.posterior, here.terms
     means = {term.name: posterior.component_mean(term) for term in terms}
     count = FEWER if model.data.n > LARGE else FIELDS
     fields = posterior.sample(terms, count, generators)
     spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
     beta, factor = _beta(model, here)
+    if model.data.n > LARGE:
+        fields, count = {name: x[..., :KNOWN] for name, x in fields.items()}, KNOWN
+    parts = _of_known_field(engine, terms, fields, posterior.prior)
     if here.theta.beta is not None and here.theta.beta.shape[1]:
-        fields[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
+        parts[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
 
-    def together(x: Tensor, y: Tensor) -> np.ndarray:
-        """Sample covariance over the cells, on average over copies."""
-        x, y = (z.unflatten(-2, (model.data.copies, -1)) for z in (x, y))
-        x, y = (z - z.mean(-2, keepdim=True) for z in (x, y))
-        return (x * y).sum(-2).div(x.shape[-2] - 1).mean(-2).cpu().numpy()
+    def spread(x: Tensor) -> np.ndarray:
+        """Sample variance over the cells, on average over copies."""
+        x = x.unflatten(-2, (model.data.copies, -1))
+        return x.var(-2).mean(-2).cpu().numpy()
 
-    # Draws alone would never show what two components explain alike: where one has more of it in a draw, the other has less. What both
-    # are expected to hold is taken out of each, so that a component keeps what is its own.
-    expected = fields | {name: mean[..., None] for name, mean in means.items()}
-    whole, all_expected = (torch.as_tensor(sum(of.values())) for of in (fields, expected))
-    realized = {
-        name: together(field, whole) - together(expected[name], all_expected - expected[name])
-        for name, field in fields.items()
-    }
-    realized[SHARED] = together(whole, whole) - sum(realized.values())
+    realized = {name: spread(part) for name, part in parts.items()}
+    realized[SHARED] = spread(torch.as_tensor(sum(parts.values()))) - sum(realized.values())
     if model.family.parameter == "variance_residual":
         residual = here.theta.values["sd_residual"].square().cpu().numpy()
         realized[RESIDUAL] = np.repeat(residual[:, None], count, axis=1)
@@ -410,6 +411,26 @@ def _keep(model: Model, u: Tensor, here: Evaluation, value: Tensor, generators: 
         realized=realized,
         unsettled=int((here.fit.status != 0).sum()),
     )
+
+
+def _of_known_field(
+    engine: Engine, terms: list[Term], fields: dict[str, Tensor], prior: object | None = None
+) -> dict[str, Tensor]:
+    """What each component is expected to hold of draws (points, n, count) of the whole field, if the field were known.
+
+    K_k K^-1 u. Draws of the components themselves would never show what two of them explain alike: where one has more of it in a
+    draw, the other has less. Of a field that is known, two components of one kernel are expected to hold half each.
+    """
+    whole = torch.as_tensor(sum(fields.values()))
+    tiny = torch.finfo(whole.dtype).eps ** 0.5 * whole.var(-2).mean(-1, keepdim=True)
+    precision = (1 / tiny.clamp(min=torch.finfo(whole.dtype).tiny ** 0.5)).expand(whole.shape[:-1])
+    known = engine.condition(terms, Sites(precision, torch.zeros_like(precision)), prior)
+    weights = known.residual(whole)
+    parts = {term.name: known.component_times(term, weights) for term in terms if term.name != FIXED}
+    if len(parts) < len(terms):
+        # all parts are K R u = u - R u / precision; a product with a wide prior would have fewer digits than what the others leave
+        parts[FIXED] = whole - weights / precision[..., None] - torch.as_tensor(sum(parts.values()))
+    return parts
 
 
 def _beta(model: Model, here: Evaluation) -> tuple[np.ndarray, np.ndarray]:

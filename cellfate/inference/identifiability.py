@@ -4,6 +4,10 @@ With sites of precision tau the marginal covariance of the (pseudo-)data is V = 
 parameters, fixed effects integrated out, is tr(R D_j R D_k) / 2 with R the inverse of V and D_j its derivatives. Other shapes, such as
 a length-scale, are nuisance parameters: what they take is not counted as known. Traces are exact for some cells and estimated by
 random probes for many.
+
+Power is that of the score test of a component given the other. Its statistic is a quadratic form in gaussian (pseudo-)data, with the
+derivative D of V less what nuisance parameters can mimic of it; without the component and with it, three of its cumulants,
+kappa_p = (p - 1)! tr(M^p) / 2 with M = R D V R, make a shifted gamma distribution.
 """
 
 from __future__ import annotations
@@ -11,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, pearson3
 from torch import Tensor
 
 from cellfate.engines.base import Engine, Sites
@@ -27,6 +32,7 @@ STEP = 1e-3  # of a shape's coordinate, where it is differentiated
 LEVEL = 0.05  # of the one-sided test whose power is told
 Operator = Callable[[Tensor], Tensor]
 PAIR = ("lineage", "spatial")
+RANDOM = tuple(f"variance_{name}" for name in PAIR)
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,13 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
     own = {"variance_residual": 1 / precision} if model.family.parameter == "variance_residual" else {}
     derivatives = slopes(model, engine, {**values, **own})
 
-    def information(changed: Mapping[str, float]) -> np.ndarray:
+    def residual_at(changed: Mapping[str, float]) -> Operator:
         sites = Sites(like.new_full((1, n), precision), like.new_zeros(1, n))
         posterior = engine.condition(model.terms(model.from_natural({**values, **own, **changed})[0]), sites)
+        return lambda y: posterior.residual(y[None])[0]
 
-        def residual(y: Tensor) -> Tensor:
-            return posterior.residual(y[None])[0]
-
+    def information(changed: Mapping[str, float]) -> np.ndarray:
+        residual = residual_at(changed)
         first = [d(residual(x)) for d in derivatives.values()]
         second = [residual(d(x)) for d in derivatives.values()]
         traces = scale * torch.stack([torch.stack([(a * b).sum() for b in second]) for a in first])
@@ -72,7 +78,8 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
 
     order = list(derivatives)
     places = [order.index(f"variance_{name}") for name in PAIR]
-    covariance = _inverse(information({}), order, values, precision)
+    weak = _weak(order, values)
+    covariance = np.linalg.inv(information({}) + np.diag(weak))
     pair = covariance[np.ix_(places, places)]
     errors = dict(zip(PAIR, np.sqrt(np.diag(pair)).tolist(), strict=True))
     correlation = float(pair[0, 1] / np.sqrt(pair[0, 0] * pair[1, 1]))
@@ -80,11 +87,15 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
     slope = np.array([s, -a]) / (a + s) ** 2
     error_share = float(np.sqrt(slope @ pair @ slope))
     power = {}
-    for name, place in zip(PAIR, places, strict=True):
+    for name in PAIR:
         absent = {f"variance_{name}": 1e-8 * values[f"variance_{name}"]}
-        under_none = _inverse(information(absent), order, {**values, **absent}, precision)[place, place] ** 0.5
-        distance = (norm.ppf(1 - LEVEL) * under_none - values[f"variance_{name}"]) / errors[name]
-        power[name] = float(norm.sf(distance))
+        place, part = order.index(f"variance_{name}"), information(absent)
+        # a component that is absent has no shape to be estimated
+        nuisance = [i for i, parameter in enumerate(order) if not parameter.endswith(f"_{name}")]
+        known = part + np.diag(weak)
+        mimic = np.linalg.solve(known[np.ix_(nuisance, nuisance)], part[nuisance, place])
+        weight = {order[place]: 1.0} | dict(zip((order[i] for i in nuisance), -mimic, strict=True))
+        power[name] = _power(residual_at(absent), derivatives, weight, {**values, **own}, precision, x, scale)
     centered = [derivatives[f"variance_{name}"](x - x.mean(0)) for name in PAIR]
     one, other = (k - k.mean(0) for k in centered)
     alignment = float((one * other).sum() / (one.norm() * other.norm()))
@@ -133,10 +144,54 @@ def prior_times(engine: Engine, term: Term, like: Tensor) -> Operator:
     return lambda y: prior.prior_times(y[None])[0]
 
 
-def _inverse(information: np.ndarray, order: list[str], values: Mapping[str, float], precision: float) -> np.ndarray:
-    """Covariance of the estimates; shapes and variances are known to a factor of ten without any data."""
-    prior = np.zeros(len(order))
-    for i, name in enumerate(order):
-        size = 1.0 if not name.startswith("variance_") else max(values.get(name, 1 / precision), 1e-2)
-        prior[i] = 1 / (np.log(10) * size) ** 2
-    return np.linalg.inv(information + np.diag(prior))
+def _power(
+    residual: Operator,
+    derivatives: Mapping[str, Operator],
+    weight: Mapping[str, float],
+    values: Mapping[str, float],
+    precision: float,
+    x: Tensor,
+    scale: float,
+) -> float:
+    """Probability that the score along sum(weight D) calls at :data:`LEVEL`, of data with these `values`; residual: R without the component."""
+
+    def score(y: Tensor) -> Tensor:  # D R y
+        z = residual(y)
+        return torch.stack([w * derivatives[name](z) for name, w in weight.items()]).sum(0)
+
+    def whole(y: Tensor) -> Tensor:  # V y, fixed effects apart
+        of_parts = [values[name] * derivatives[name](y) for name in derivatives if name in RANDOM]
+        return torch.stack([*of_parts, y / precision]).sum(0)
+
+    # tr(M^3) needs M x, M'x and M M x; M = D R without the component, where R V R = R, and V R D R with it
+    without = _cumulants(score, lambda y: residual(_apply(derivatives, weight, y)), x, scale)
+    present = _cumulants(
+        lambda y: whole(residual(score(y))),
+        lambda y: residual(_apply(derivatives, weight, residual(whole(y)))),
+        x,
+        scale,
+    )
+    return float(_shifted_gamma(present).sf(_shifted_gamma(without).isf(LEVEL)))
+
+
+def _apply(derivatives: Mapping[str, Operator], weight: Mapping[str, float], y: Tensor) -> Tensor:
+    return torch.stack([w * derivatives[name](y) for name, w in weight.items()]).sum(0)
+
+
+def _cumulants(m: Operator, transposed: Operator, x: Tensor, scale: float) -> tuple[float, float, float]:
+    """Mean, variance and third cumulant of a quadratic form z'Mz / 2."""
+    once, back = m(x), transposed(x)
+    traces = (x * once).sum(), (back * once).sum(), (back * m(once)).sum()
+    first, second, third = (scale * float(t) for t in traces)
+    return first / 2, second / 2, third
+
+
+def _shifted_gamma(cumulants: tuple[float, float, float]) -> Any:
+    mean, variance, third = cumulants
+    return pearson3(third / variance**1.5, loc=mean, scale=variance**0.5)
+
+
+def _weak(order: list[str], values: Mapping[str, float]) -> np.ndarray:
+    """Information without any data: a variance is known to ten times what there is in all, another parameter to a factor of ten."""
+    total = sum(values[name] for name in order if name.startswith("variance_") and name in values)
+    return np.array([1 / (10 * total) ** 2 if name.startswith("variance_") else 1 / np.log(10) ** 2 for name in order])

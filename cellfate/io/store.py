@@ -150,8 +150,9 @@ def _clear(adata: AnnData, key: str) -> None:
         logger.info(
             "the fit under %r is replaced, and with it its %s; another key_added keeps both", key, ", ".join(later)
         )
-    if _keys.residual(key) in adata.obs and _keys.CHECKS in later:
-        del adata.obs[_keys.residual(key)]
+    for held in (adata.obs, adata.obsm):
+        if _keys.residual(key) in held and _keys.CHECKS in later:
+            del held[_keys.residual(key)]
     for slot, where in ((_keys.effects(key), adata.obsm), (_keys.shares(key), adata.varm)):
         if slot in where:
             del where[slot]

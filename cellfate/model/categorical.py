@@ -19,12 +19,15 @@ import torch
 from scipy.stats import norm, qmc
 from torch import Tensor
 
+from cellfate.model.cumulative import cumulative
 from cellfate.model.families import Expectation, Family, Outcome, Remainder, quadrature
 
 # posterior variance up to which so many nodes an axis are enough, of a product of Gauss-Hermite rules for so many contrasts
 NODES = ((0.5, {1: 28, 2: 10, 3: 7}), (3.0, {1: 40, 2: 14, 3: 9}), (math.inf, {1: 200, 2: 24, 3: 12}))
 POINTS = 256  # with more contrasts, quasi-random points, and as many mirrored
 PROBES = 32  # of a trace over the couplings among contrasts of different cells
+ROUNDING = 1e-4  # of a whole number, what contrasts in single precision may lose
+NEWTON = 30  # steps to the mode of a cell alone
 NUMBERS = 2**18  # made at once: what is known at the nodes stays in the cache
 
 
@@ -97,6 +100,12 @@ def stacked(x: Tensor) -> Tensor:  # (..., n, J) -> (..., J n)
     return x.mT.flatten(-2)
 
 
+def _weights(y: Tensor, t: Tensor, h: Tensor) -> Tensor:
+    """From contrasts (n, J) and totals (n,) back to what was observed of each fate (n, K); whole numbers come back whole."""
+    found = y @ h.mT + t[:, None] / len(h)
+    return torch.where((found - found.round()).abs() < ROUNDING, found.round(), found)
+
+
 class Categorical(Family):
     """One of K fates, counts of them (multinomial), or their probabilities (soft labels).
 
@@ -166,6 +175,43 @@ class Categorical(Family):
         e = Expectation(self._shared_out(value, axes), stacked(slope), stacked(precision))
         return e, Coupled(self._shared_out(rest, axes), stacked(in_mean), stacked(in_variance), third, fourth, cross)
 
+    @classmethod
+    def weights(cls, outcome: Outcome) -> Tensor:
+        """One-hot fates, counts or probabilities (n, K): what :meth:`outcome` was made of."""
+        return _weights(*cls._data(outcome, outcome.y))
+
+    def predictive(self, outcome: Outcome, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What cells are expected to become whose latent values are N(mean, variance).
+
+        Log-probability (n,) of what was observed; the probability (n, K) of each fate, in one trial; and of how often it was observed
+        P(Y < y) and P(Y <= y) (n, K), each fate against the rest.
+        """
+
+        def of_one(at: Nodes) -> tuple[Tensor, ...]:
+            seen, p = _weights(at.y, at.t, at.h), at.mean_p
+            return (
+                torch.log((seen * p).sum(-1)),
+                p,
+                torch.where(seen > 0, 1 - p, 0.0),
+                torch.where(seen > 0, 1.0, 1 - p),
+            )
+
+        def of_many(at: Nodes) -> tuple[Tensor, ...]:
+            seen, p = _weights(at.y, at.t, at.h), at.p.cpu().numpy()
+            below, upto = cumulative(
+                "binomial", p, seen[..., None].cpu().numpy(), at.t[:, None, None].cpu().numpy(), {}
+            )
+            of_counts = (torch.as_tensor(x).to(at.w) @ at.w for x in (below, upto))
+            ways = torch.lgamma(at.t + 1) - torch.lgamma(seen + 1).sum(-1)
+            return at.log_density() + ways, at.mean_p, *of_counts
+
+        assert outcome.trials is not None
+        one = bool((outcome.trials <= 1).all())
+        # distribution functions of counts are steps, which quadrature of high order goes wrong about
+        orders = None if one else ((math.inf, dict[int, int]()),)
+        log_p, p, below, upto = self._integrate_cells(of_one if one else of_many, outcome, mean, variance, orders)
+        return log_p, p, below, upto
+
     @staticmethod
     def _data(outcome: Outcome, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Data (n, J) and their sum (n,) of each cell, and the contrasts (K, J)."""
@@ -194,7 +240,12 @@ class Categorical(Family):
         return (value / axes)[..., None, :].expand(*value.shape[:-1], axes, -1).flatten(-2)
 
     def _integrate_cells(
-        self, reduce: Callable[[Nodes], tuple[Tensor, ...]], outcome: Outcome, mean: Tensor, variance: Tensor
+        self,
+        reduce: Callable[[Nodes], tuple[Tensor, ...]],
+        outcome: Outcome,
+        mean: Tensor,
+        variance: Tensor,
+        orders: tuple[tuple[float, dict[int, int]], ...] | None = None,
     ) -> tuple[Tensor, ...]:
         """What `reduce` makes of the nodes of some cells, for all of them: (..., n, what it gives of a cell)."""
         y, t, h = self._data(outcome, mean)
@@ -205,12 +256,13 @@ class Categorical(Family):
             x.expand(*shape, *x.shape[x.ndim - k :]).reshape(-1, *x.shape[x.ndim - k :])
             for x, k in ((y, 1), (t, 0), (m, 1), (v, 1))
         ]
-        order = torch.bucketize(flat[3].detach().amax(-1), m.new_tensor([upper for upper, _ in self._orders]))
+        orders = self._orders if orders is None else orders
+        order = torch.bucketize(flat[3].detach().amax(-1), m.new_tensor([upper for upper, _ in orders]))
         cells, parts = [], []
-        for which, (_, nodes) in enumerate(self._orders):
+        for which, (_, nodes) in enumerate(orders):
             per_axis = nodes.get(axes, 0)
             size = max(1, NUMBERS // (len(_rule(axes, per_axis)[1]) * len(h)))
-            last = which == len(self._orders) - 1  # what is not a number is there too
+            last = which == len(orders) - 1  # what is not a number is there too
             for i in torch.nonzero((order == which) | (last & (order > which)))[:, 0].split(size):
                 of_y, of_t, of_m, of_v = (x[i] for x in flat)
                 parts.append(reduce(self._nodes(of_y, of_t, of_m, of_v, h, per_axis)))
@@ -270,6 +322,30 @@ class Nodes:
     def products(self) -> Tensor:
         """E p_k p_l (c, K, K)."""
         return (self.p * self.w) @ self.p.mT
+
+    @property
+    def factor_of_covariance(self) -> Tensor:  # (c, J, J)
+        return torch.diag_embed(self.sd)
+
+    def log_density(self) -> Tensor:
+        """Log E exp f (c,), without multinomial coefficients: by nodes about the mode of f and the density of the cell together, because many
+        trials know more than any node near the mean.
+        """
+        factor, x = self.factor_of_covariance, torch.zeros_like(self.mean)
+        seen, slopes = self.y @ self.h.mT + self.t[:, None] / len(self.h), self.h @ factor  # (c, K, J), of x ~ N(0, 1)
+        precision = eye = torch.eye(x.shape[-1]).to(x)
+        for _ in range(NEWTON):  # of a concave function, with steps held short where a curve is far from its parabola
+            p = torch.softmax(self.mean @ self.h.mT + (slopes @ x[..., None])[..., 0], -1)
+            curved = slopes.mT @ (torch.diag_embed(p) - p[..., None] * p[:, None]) @ slopes
+            precision = eye + self.t[:, None, None] * curved
+            pull = ((seen - self.t[:, None] * p)[:, None] @ slopes)[:, 0] - x
+            step = torch.linalg.solve(precision, pull[..., None])[..., 0]
+            x = x + step / step.norm(dim=-1, keepdim=True).clamp(min=1)
+        root = torch.linalg.inv(torch.linalg.cholesky(precision)).mT
+        at = x[..., None] + root @ self.z.mT  # (c, J, q)
+        log_p = torch.log_softmax((self.mean @ self.h.mT)[..., None] + slopes @ at, 1)
+        ratio = (self.z.square().sum(-1) - at.square().sum(1)) / 2 + torch.logdet(root)[:, None]
+        return torch.logsumexp(torch.log(self.w) + (seen[..., None] * log_p).sum(1) + ratio, -1)
 
     def log_rest(self) -> Tensor:
         """Log E exp r (c,), r what f is less its projection on quadratics without products."""

@@ -16,7 +16,8 @@ Own = dict[str, np.ndarray]  # hyperparameters of a family by natural name
 def cumulative(family: str, mean: np.ndarray, y: np.ndarray, trials: np.ndarray | None, own: Own) -> Range:
     """P(Y < y) and P(Y <= y) at conditional means, on the scale of a single trial; everything broadcasts.
 
-    `own` holds the hyperparameters of the family: `variance_residual`, `dispersion` or `precision`.
+    The mean of an ordinal fate are the probabilities (..., K) of its levels. `own` holds the hyperparameters of the family:
+    `variance_residual`, `dispersion` or `precision`.
     """
     if family not in _OF:
         raise DataError(f"family {family!r} has no distribution function here; those of {', '.join(_OF)} are known.")
@@ -55,6 +56,12 @@ def _beta(mean: np.ndarray, y: np.ndarray, trials: np.ndarray | None, own: Own) 
     return _continuous(special.betainc(mean * phi, (1 - mean) * phi, y))
 
 
+def _ordinal(mean: np.ndarray, y: np.ndarray, trials: np.ndarray | None, own: Own) -> Range:
+    level = np.arange(mean.shape[-1])
+    below, upto = level < y[..., None], level <= y[..., None]
+    return (mean * below).sum(-1), (mean * upto).sum(-1)
+
+
 _OF: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray | None, Own], Range]] = {
     "gaussian": _gaussian,
     "bernoulli": _bernoulli,
@@ -62,4 +69,5 @@ _OF: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray | None, Own], Range]
     "poisson": _poisson,
     "negative_binomial": _negative_binomial,
     "beta": _beta,
+    "ordinal": _ordinal,
 }

@@ -6,20 +6,30 @@ of its own, `interaction` (Sobol's decomposition). *Additive*: each component as
 it, :math:`(E\,dg^{-1}/d\eta)^2 v_k`, which for ancestry is the additive variance of quantitative genetics (de Villemereuil, Schielzeth,
 Nakagawa & Morrissey 2016); the bend of the link is the row `nonlinear`. The rest of Var(y) is `distribution`.
 
+An ordinal fate has no scale, but cut points: its variance is the sum of those of being above each, :math:`\sum_j F_j (1 - F_j)`, what the
+ranked probability score measures (Epstein 1969), and half of how many levels two cells are apart on average. It is the same whatever
+numbers the levels are given, and of two levels that of a yes or no. Each cut point is a binary fate of its own, and parts are sums over
+them. Fates without an order are in :mod:`cellfate.model.observation_fates`.
+
 Every cell counts with the variances that are expected among the cells, and the fixed part with its distribution over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cellfate.kernels.fates import Loaded
+from cellfate.model.catalog import get_family
+from cellfate.model.categorical import Categorical
 from cellfate.model.families import Family, quadrature
 from cellfate.model.glmm import FIXED, Model, Theta
+from cellfate.model.observation_fates import observed_fates
+from cellfate.model.ordinal import Ordinal
 
 OBSERVATION, ADDITIVE = "observation", "additive"
 INTERACTION, NONLINEAR, DISTRIBUTION = "interaction", "nonlinear", "distribution"
@@ -32,7 +42,10 @@ ENTRIES = 2**22  # at once
 
 @dataclass(frozen=True)
 class Observed:
-    """Of a fate given draws: mean (s,), Var(y) (s,), and parts (s,) of it by scale and component; they sum to it."""
+    """Of a fate given draws: mean (s,), Var(y) (s,), and parts (s,) of it by scale and component; they sum to it.
+
+    The mean of an ordinal fate is that of the number of its level.
+    """
 
     mean: Tensor
     variance: Tensor
@@ -93,20 +106,70 @@ def observed(
     return Observed(mean, between + noise, parts)
 
 
+def observed_levels(
+    family: Ordinal, fixed: Tensor, weight: Tensor, variances: Mapping[str, Tensor], phi: Tensor | None = None
+) -> Observed:
+    """The same of an ordinal fate, as the sum over its cut points; phi (s, 1, K - 2) are the gaps between them."""
+    binary = get_family("bernoulli", family.link)
+    cuts = torch.zeros_like(fixed[:, :1])
+    if phi is not None:
+        cuts = torch.cat([cuts, phi[:, 0].cumsum(-1).expand(len(fixed), -1)], -1)
+    each = [observed(binary, fixed - cut[:, None], weight, variances) for cut in cuts.unbind(-1)]
+
+    def total(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).sum(0)
+
+    parts = {
+        scale: {name: total([one.parts[scale][name] for one in each]) for name in each[0].parts[scale]}
+        for scale in each[0].parts
+    }
+    return Observed(total([one.mean for one in each]), total([one.variance for one in each]), parts)
+
+
 def on_observation_scale(
     model: Model, values: Mapping[str, np.ndarray], beta: np.ndarray, latent: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Both scales for the first draws, or none where the family has no scale of its own: a level has no variance."""
-    if model.family.noise(torch.zeros(1), torch.ones(1, 1)) is None:
-        return {}
+    """Both scales for the first draws, or none where the fate itself is the latent scale."""
     like, some = model.data.offset.cpu(), slice(0, DRAWS)
-    own = {name: torch.as_tensor(values[name][some]).to(like) for name in model.own}
-    fixed, weight = _fixed_part(model, torch.as_tensor(beta[some]).to(like))
     variances = {name: torch.as_tensor(x[some]).to(like) for name, x in latent.items()}
     trials = model.data.outcome.trials
     number = 1.0 if trials is None else 1 / float((1 / trials.cpu()).mean())
-    found = observed(model.family, fixed, weight, variances, model.phi(Theta(own, None)), number)
+    beta_ = torch.as_tensor(beta[some]).to(like)
+    if isinstance(model.family, Categorical):
+        scales = _of_fates(model, beta_, variances, number)
+        return {scale: {name: x.numpy() for name, x in parts.items()} for scale, parts in scales.items()}
+    if not isinstance(model.family, Ordinal) and model.family.noise(torch.zeros(1), torch.ones(1, 1)) is None:
+        return {}
+    own = {name: torch.as_tensor(values[name][some]).to(like) for name in model.own}
+    (fixed, weight), phi = _fixed_part(model, beta_), model.phi(Theta(own, None))
+    if isinstance(model.family, Ordinal):
+        found = observed_levels(model.family, fixed, weight, variances, phi)
+    else:
+        found = observed(model.family, fixed, weight, variances, phi, number)
     return {scale: {name: x.numpy() for name, x in parts.items()} for scale, parts in found.parts.items()}
+
+
+def _of_fates(
+    model: Model, beta: Tensor, variances: Mapping[str, Tensor], trials: float
+) -> dict[str, dict[str, Tensor]]:
+    """Of a fate out of several; the fixed part is that of some cells, where these are many."""
+    levels, design = model.data.outcome.levels, model.data.own_design.cpu()
+    assert levels is not None
+    some = design[model.data.some(CELLS)[: min(CELLS, len(design))]]
+    beside = torch.cat([some, some.new_ones(len(some), 1)], -1)  # a design without columns has rows, too
+    different, count = torch.unique(beside, dim=0, return_counts=True)
+    of_contrasts = beta.reshape(len(beta), model.data.sets, design.shape[1])
+    fixed = torch.einsum("sjp,np->snj", of_contrasts, different[:, :-1])
+    fate_of = {c.name: k.fate for c in model.components if isinstance(k := c.kernel, Loaded) and k.fate is not None}
+    found = observed_fates(levels, fixed, count.to(beta) / count.sum(), variances, fate_of, trials)
+    return {
+        OBSERVATION: found.first | {INTERACTION: found.between - _sum(found.first), DISTRIBUTION: found.noise},
+        ADDITIVE: found.additive | {NONLINEAR: found.between - _sum(found.additive), DISTRIBUTION: found.noise},
+    }
+
+
+def _sum(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(parts.values())).sum(0)
 
 
 def _fixed_part(model: Model, beta: Tensor) -> tuple[Tensor, Tensor]:

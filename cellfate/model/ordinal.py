@@ -88,6 +88,20 @@ class Ordinal(Family):
     def start(self, outcome: Outcome) -> Tensor:
         return outcome.y - 0.5
 
+    def above(self, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        """Probabilities (..., K - 1) of being above the first level, the second, and so on."""
+        cuts = torch.zeros_like(eta)[..., None]
+        if phi is not None:
+            rising = torch.cat([torch.zeros_like(phi[..., :1]), phi.cumsum(-1)], -1)
+            cuts = rising.expand(*eta.shape, rising.shape[-1])
+        return self._link.inverse(eta[..., None] - cuts)
+
+    def probabilities(self, eta: Tensor, phi: Tensor | None = None) -> Tensor:
+        """Those (..., K) of each level."""
+        above = self.above(eta, phi)
+        ends = torch.ones_like(above[..., :1])
+        return -torch.cat([ends, above, torch.zeros_like(ends)], -1).diff(dim=-1)
+
     def inverse_link(self, eta: Tensor) -> Tensor:
         """Probability of being above the lowest level."""
         return self._link.inverse(eta)

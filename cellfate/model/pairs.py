@@ -160,9 +160,13 @@ class PairNodes(Nodes):
     """What is known at the nodes of some cells under N(mean, V): mean (c, J), and V by the variances (c, R) of all differences."""
 
     def _away(self, h: Tensor) -> Tensor:
-        self.covariance = _covariance(self.variance, self.h)
-        self.factor = _factor(self.covariance)
+        self.covariance = covariance_of(self.variance, self.h)
+        self.factor = lower_factor(self.covariance)
         return h @ self.factor @ self.z.mT
+
+    @property
+    def factor_of_covariance(self) -> Tensor:
+        return self.factor
 
     @property
     def slope(self) -> Tensor:
@@ -185,7 +189,7 @@ class PairNodes(Nodes):
         return torch.logsumexp(torch.log(self.w) - self.t[:, None] * rest, -1)
 
 
-def _covariance(variance: Tensor, h: Tensor) -> Tensor:
+def covariance_of(variance: Tensor, h: Tensor) -> Tensor:
     """Covariance (c, J, J) of the contrasts, by which differences have these variances."""
     first, second = (torch.as_tensor(x, device=h.device) for x in pairs(len(h)))
     squared = variance.new_zeros(*variance.shape[:-1], len(h), len(h))
@@ -193,7 +197,7 @@ def _covariance(variance: Tensor, h: Tensor) -> Tensor:
     return -h.mT @ (squared + squared.mT) @ h
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def lower_factor(covariance: Tensor) -> Tensor:
     """Lower factor (c, J, J); variances that no covariance has, as an extrapolation may give, are cut to one that is near."""
     tiny = 1e-14 + 1e-12 * covariance.detach().diagonal(dim1=-2, dim2=-1).mean(-1)
     raised = covariance + tiny[..., None, None] * torch.eye(covariance.shape[-1]).to(covariance)

@@ -2,8 +2,8 @@
 
 Several scales, none hidden in another. *Latent*: the random components and the variance of the fixed part among these cells.
 *Link*: the same, with the variance that the family's own distribution adds (Nakagawa, Johnson & Schielzeth 2017). *Realized*:
-of the sample variance in these very cells what is each component's own, and as `shared` what two of them explain alike, which no data
-can assign. *Observation* and *additive*: what part of the variance of the fate itself, see :mod:`cellfate.model.observation`.
+of the sample variance in these very cells what is each component's own, and as `shared` what two of them explain alike, which could not
+be assigned even if the field were known without error. *Observation* and *additive*: what part of the variance of the fate itself, see :mod:`cellfate.model.observation`.
 """
 
 from __future__ import annotations

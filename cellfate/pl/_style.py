@@ -32,6 +32,7 @@ COLORS = {
     "residual": "#8C8C8C",
     "distribution": "#BDBDBD",
 }
+FATE_COLORS = ["#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000", "#F0E442"]
 PALEST = 0.7  # of the way to white
 GROUP_COLORS = ["#009E73", "#56B4E9", "#000000", "#F0E442"]  # yellow last, it is faint in print
 
@@ -92,6 +93,17 @@ def colors(components: Sequence[str]) -> dict[str, str]:
             r, g, b = (x + PALEST * k / len(own) * (1 - x) for x in to_rgb(color))
             out[c] = to_hex((r, g, b)) if k else color
     return out
+
+
+def fate_colors(fates: Sequence[str], *, ordered: bool = False) -> dict[str, str]:
+    """Return the color of each fate: levels in an order go from light to dark, and so do all where they are too many to be told apart."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if not ordered and len(fates) <= len(FATE_COLORS):
+        return dict(zip(fates, FATE_COLORS, strict=False))
+    scale = colormaps["viridis_r" if ordered else "turbo"]
+    return {fate: to_hex(scale(x)) for fate, x in zip(fates, np.linspace(0.12, 0.95, len(fates)), strict=True)}
 
 
 def share_label(components: Iterable[str], scale: str = "latent") -> str:

@@ -172,6 +172,9 @@ def test_products_as_dense(kind, tolerance):
     x = double(rng.normal(size=(3, model.data.n, 2)))
     for what in ("smooth", "residual", "prior_times"):
         close(getattr(b, what)(x), getattr(a, what)(x), tolerance)
+    for term in terms:
+        close(b.component_times(term, x), a.component_times(term, x), tolerance)
+    close(sum(a.component_times(term, x) for term in terms), a.prior_times(x), tolerance)
     seen = (sites.precision > 1e-6)[..., None]  # the dense engine leaves the others out of this product
     close(seen * b.smooth_squared(seen * x), seen * a.smooth_squared(seen * x), tolerance)
     for term in terms[-2:]:

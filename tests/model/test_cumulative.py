@@ -51,6 +51,23 @@ def test_continuous(family):
     assert below[0] == upto[0] == pytest.approx(wanted, abs=1e-7)
 
 
+@pytest.mark.parametrize("link", ["logit", "probit"])
+@pytest.mark.parametrize("gaps", [(), (0.5,), (0.5, 1.3)])
+def test_ordinal(link, gaps):
+    family, eta, last = get_family("ordinal", link), double([-2.0, ETA]), len(gaps) + 1
+    phi = double([gaps]) if gaps else None
+
+    def p(k):
+        return torch.exp(family.log_prob(Outcome(torch.full_like(eta, float(k)), levels=last + 1), eta, phi)).numpy()
+
+    levels = family.probabilities(eta, phi).numpy()
+    np.testing.assert_allclose(levels, np.stack([p(k) for k in range(last + 1)], -1), atol=1e-12)
+    for k in range(last + 1):
+        below, upto = cumulative("ordinal", levels, np.full(2, float(k)), None, {})
+        np.testing.assert_allclose(below, sum((p(j) for j in range(k)), start=np.zeros(2)), atol=1e-12)
+        np.testing.assert_allclose(upto, sum(p(j) for j in range(k + 1)), atol=1e-12)
+
+
 def test_others_are_refused():
-    with pytest.raises(DataError, match="'ordinal' has no distribution function"):
-        cumulative("ordinal", np.ones(1), np.ones(1), None, {})
+    with pytest.raises(DataError, match="'categorical' has no distribution function"):
+        cumulative("categorical", np.ones(1), np.ones(1), None, {})

@@ -150,13 +150,6 @@ def test_wrong_numbers(linear, wrong, message):
         cf.tl.check(linear, **wrong)
 
 
-def test_families_without():
-    adata = cf.datasets.simulate(60, family="ordinal", rng=0)
-    cf.tl.decompose(adata, "fate", family="ordinal", lengthscale=0.5, rng=0)
-    with pytest.raises(NotImplementedError, match="checks are not there yet for family='ordinal'"):
-        cf.tl.check(adata)
-
-
 def test_a_new_fit_takes_the_checks_of_the_old_one_away(caplog):
     adata = cf.datasets.simulate(50, family="poisson", rng=0)
     adata.obs["fit_residual"] = 1.0  # the user's own, of no check
