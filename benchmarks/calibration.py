@@ -17,7 +17,7 @@ With truths from a range ranks mean nothing and are left out.
 The shares are variance_lineage / (variance_lineage + variance_spatial) and its complement, on the latent scale, so that they are
 covered together; of a gaussian response the residual is in the sum, too. The Monte-Carlo error of a coverage x/N is
 sqrt(p(1-p)/(N+4)), p = (x+2)/(N+4) (Agresti and Coull 1998). Seeds belong to the sets, so that the result does not depend on the
-number of workers.
+number of workers. These are processes of this machine, or with `--scheduler tcp://...` those of a Dask cluster, which need cellfate.
 
 Beside FILE.csv, FILE_sets.csv holds a row per set, begun anew by a run and written as sets finish. With `--resume` a run that was
 stopped goes on from there: sets that the file has with the same settings are not fitted again, and the table is of all that it holds.
@@ -28,13 +28,10 @@ A set that cannot be fitted is a row whose status says why, and is counted as `f
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +41,7 @@ import torch
 from figures import coverage, rank_differences
 from machine import RESULTS, machine, set_threads, table
 from ranks import uniformity
-from tqdm import tqdm
+from workers import add_options, workers
 
 import cellfate as cf
 
@@ -241,18 +238,6 @@ def tasks(options: argparse.Namespace) -> list[Set]:
     return out
 
 
-def run(todo: Sequence[Set], workers: int, threads: int) -> Iterator[dict[str, Any]]:
-    """Results in the order of the sets, each when it is there; each worker computes with its own threads."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=partial(_begin, threads)) as pool:
-        yield from tqdm(pool.map(fit_or_say, todo), total=len(todo), unit="set", mininterval=10)
-
-
-def _begin(threads: int) -> None:
-    set_threads(threads)
-    cf.verbosity("warning")
-
-
 def keep(rows: Iterator[dict[str, Any]], path: Path) -> None:
     """Append each row to a table when it is there, so that a run that is stopped has lost what it was at, and no more."""
     for row in rows:
@@ -312,8 +297,7 @@ def main() -> None:
     parser.add_argument("--inheritances", nargs="+", type=float, default=[0.5], help="of positions, 0 to 1")
     parser.add_argument("--truth", choices=("range", "prior"), default="range")
     parser.add_argument("--method", default="variational", help="variational, laplace or ep")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    add_options(parser)
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--out", type=Path, help="the table; results/calibration_quick.csv, or with --from none")
     parser.add_argument("--figure", type=Path)
@@ -332,7 +316,10 @@ def main() -> None:
         each.unlink(missing_ok=True)
     have = finished(each) if each.exists() else set()
     set_threads(options.threads)  # before the workers start, which inherit it
-    keep(run([task for task in tasks(options) if task.key not in have], options.workers, options.threads), each)
+    todo = [task for task in tasks(options) if task.key not in have]
+    if todo:
+        with workers(options) as results:
+            keep(results(fit_or_say, todo), each)
     report(read_sets([each]), out, options.figure)
 
 

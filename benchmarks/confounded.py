@@ -14,11 +14,11 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from machine import set_threads, table, write
+from machine import table, write
+from workers import add_options, workers
 
 WORDS = ("clear", "partial", "weak", "confounded")
 LENGTHSCALE = 1.0  # of positions with unit variance: as far as the largest clades reach
@@ -27,7 +27,6 @@ LENGTHSCALE = 1.0  # of positions with unit variance: as far as the largest clad
 def fit(task: tuple[str, str, float, int, int]) -> dict[str, float]:
     """One set."""
     family, layout, inheritance, n, seed = task
-    set_threads(1)
     import cellfate as cf
 
     warnings.simplefilter("ignore")
@@ -58,20 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", default=["gaussian", "bernoulli"])
     parser.add_argument("--layouts", nargs="+", default=["territories"], choices=["drift", "territories"])
     parser.add_argument("--inheritances", nargs="+", type=float, default=[0.0, 0.5, 0.95, 1.0])
-    parser.add_argument("--workers", type=int, default=2)
+    add_options(parser, count=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the rows as CSV")
     options = parser.parse_args(arguments)
     rows = []
-    with get_context("spawn").Pool(options.workers) as pool:
+    with workers(options) as each:
         for family in options.families:
             for layout in options.layouts:
                 for inheritance in options.inheritances:
                     began = time.perf_counter()
                     seeds = range(1000 * options.seed, 1000 * options.seed + options.sets)
-                    found = pool.map(
-                        fit, [(family, layout, inheritance, options.n, seed) for seed in seeds], chunksize=1
-                    )
+                    found = list(each(fit, [(family, layout, inheritance, options.n, seed) for seed in seeds]))
                     found = [one for one in found if one]
                     if not found:
                         print(f"{family}, {layout}, {inheritance}: no set with two fates", flush=True)

@@ -17,13 +17,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from figures import rejections
-from machine import set_threads, table, write
+from machine import table, write
+from workers import add_options, workers
 
 OTHER = {"lineage": "spatial", "spatial": "lineage"}
 METHODS = ("score", "permutation", "likelihood_ratio")
@@ -33,8 +33,6 @@ LENGTHSCALE = 0.5
 def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> list[float]:
     """Of one set, by each method."""
     family, tested, variance, n, seed, inheritance, methods = task
-    set_threads(1)
-
     import torch
 
     import cellfate as cf
@@ -45,8 +43,9 @@ def p_values(task: tuple[str, str, float, int, int, float, tuple[str, ...]]) -> 
     from cellfate.io.anndata import read_cells
     from cellfate.kernels import Brownian, Matern32
     from cellfate.kernels.base import Component
-    from cellfate.tl.component_tests import MOST_SWAPPED, SWAPPED, half_chi_square
+    from cellfate.tl.component_tests import MOST_SWAPPED, SWAPPED
     from cellfate.tl.sets import clades, neighborhoods
+    from cellfate.tl.tested import half_chi_square
 
     warnings.simplefilter("ignore")
     logging.getLogger("cellfate").setLevel(logging.ERROR)
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["score"])
     parser.add_argument("--inheritance", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
+    add_options(parser, count=2)
     parser.add_argument("--out", type=Path, help="folder for the rows as CSV")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--from", dest="tables", nargs="+", type=Path, help="draw these tables, run nothing")
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"figure: {rejections(found, options.figure)}")
         return 0
     rows = []
-    with get_context("spawn").Pool(options.workers) as pool:
+    with workers(options) as each:
         for family in options.families:
             for tested in OTHER:
                 for variance in options.variances:
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     tasks = [
                         (family, tested, variance, options.n, seed, options.inheritance, methods) for seed in seeds
                     ]
-                    found = np.array(pool.map(p_values, tasks, chunksize=5))
+                    found = np.array(list(each(p_values, tasks)))
                     seconds = (time.perf_counter() - began) / sets  # of all methods
                     for method, p in zip(methods, found.T, strict=True):
                         usable = p[np.isfinite(p)]

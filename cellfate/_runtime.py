@@ -84,15 +84,35 @@ def warn(message: str, *, stacklevel: int = 2) -> None:
         warnings.warn(message, CellfateWarning, stacklevel=stacklevel + 1)
 
 
-def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.device) -> Iterator[R]:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads: their number moves the last digits of a factorization."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
+
+
+def side_by_side(
+    work: Callable[[T], R], tasks: Sequence[T], device: torch.device, *, alone: bool = False
+) -> Iterator[R]:
     """`work` on each of many tasks alike, in order: on a CPU several at a time, each on one thread, which wastes none of them.
+
+    One thread also where there is a single task, since last digits depend on how many there are and must not on the company; a
+    task that is `alone` has them all.
 
     Warnings are silenced, see :func:`warn`, and those of others while a result is waited for. Tasks run ahead of what is asked for, but not far, so that results need not be
     kept.
     """
     import torch
 
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    count = torch.get_num_threads() if device.type == "cpu" else 1
 
     def one(task: T) -> R:
         with one_of_many():
@@ -103,22 +123,22 @@ def side_by_side(work: Callable[[T], R], tasks: Sequence[T], device: torch.devic
             warnings.simplefilter("ignore")
             return result()
 
-    if threads == 1 or len(tasks) == 1:
+    if count == 1 or alone:
         for task in tasks:
             yield silently(partial(one, task))
         return
     # whoever takes the results has warnings and threads as before: the number of threads is a worker's own
-    pool, ahead = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)), deque[Future[R]]()
+    pool, ahead = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)), deque[Future[R]]()
     try:
         for task in tasks:
             ahead.append(pool.submit(one, task))
-            if len(ahead) == AHEAD * threads:
+            if len(ahead) == AHEAD * count:
                 yield silently(ahead.popleft().result)
         while ahead:
             yield silently(ahead.popleft().result)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # of workers that others start
+        torch.set_num_threads(count)  # of workers that others start
 
 
 def announce(message: str, *details: object) -> None:

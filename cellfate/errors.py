@@ -9,6 +9,10 @@ class DataError(ValueError):
     """The input breaks the data contract; the message names the key, what was found and what to do."""
 
 
+class Interrupted(RuntimeError):
+    """Work was stopped from outside before it was done; the message says how much is, and how to go on."""
+
+
 class CellfateWarning(UserWarning):
     """The answer stands, but something about it should be known."""
 

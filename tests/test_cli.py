@@ -11,6 +11,7 @@ import torch
 
 import cellfate as cf
 from cellfate import cli
+from cellfate.cli import fit, show
 from cellfate.errors import DataError
 
 N = 40
@@ -51,16 +52,17 @@ def decompose_options():
 
 
 FILES = {"input", "out", "overwrite", "figure", "missing", "verbosity"}
+RUN = {"scheduler", "workers", "gpus_per_worker", "config"}  # of which a client is made
 
 
 def test_every_option_is_an_argument_and_every_argument_an_option():
     arguments = inspect.signature(cf.tl.decompose).parameters
-    assert set(decompose_options()) - FILES == set(arguments) - {"adata", "copy"}
+    assert set(decompose_options()) - FILES - RUN == set(arguments) - {"adata", "copy", "client"}
 
 
 def test_defaults_live_in_the_api():
     for name, option in decompose_options().items():
-        if name not in FILES | {"rng"}:  # a command line that is typed twice gives the same numbers
+        if name not in FILES | RUN | {"rng"}:  # a command line that is typed twice gives the same numbers
             assert option.required or option.default == cli.ABSENT, name
 
 
@@ -87,7 +89,7 @@ def test_decompose_gives_what_the_api_gives(folder, capsys, simulated):
         )
     pd.testing.assert_frame_equal(cf.get.effects(back, "mine"), cf.get.effects(api), check_names=False)
     lineage = cf.get.components(api).set_index("component").loc["lineage"]
-    assert re.search(rf"^lineage +{re.escape(cli._short(lineage.variance))} .* {lineage.share:.3f} ", out, re.MULTILINE)
+    assert re.search(rf"^lineage +{re.escape(show.short(lineage.variance))} .* {lineage.share:.3f} ", out, re.MULTILINE)
     assert re.search(r"^x +", out, re.MULTILINE)
     assert re.search(r"^lengthscale_spatial +0.500 +\[0.500, 0.500\]$", out, re.MULTILINE)
     assert "cellfate:" not in out
@@ -168,7 +170,7 @@ WRONG = {
     "unknown method": (START + " --tree {}/tree.nwk --method magic --out {}/out.h5ad", "magic"),
     "unknown device": (START + " --tree {}/tree.nwk --device abacus --out {}/out.h5ad", "device 'abacus' is unknown"),
     "no number": (START + " --lengthscale long --out {}/out.h5ad", "argument --lengthscale: invalid float value"),
-    "no out": (START, "the following arguments are required: --out"),
+    "no out": (START, "give --out FILE for the data with the results"),
     "no command": ("", "required: COMMAND"),
     "unknown command": ("compose", "invalid choice"),
     "unknown option": (START + " --out {}/out.h5ad --speed 3", "unrecognized arguments: --speed 3"),
@@ -257,7 +259,7 @@ def called(monkeypatch):
     """What the command passes on; nothing is fitted, written or printed."""
     calls = []
     monkeypatch.setattr(cf.tl, "decompose", lambda adata, fate, **options: calls.append((adata, options)))
-    monkeypatch.setattr(cli, "_print_tables", lambda adata, key: None)
+    monkeypatch.setattr(fit, "print_tables", lambda adata, key: None)
     return calls
 
 
@@ -286,12 +288,12 @@ def test_a_tree_from_a_file_stands_beside_the_one_that_is_there(folder, capsys, 
     ],
 )
 def test_groups_and_their_formulas(words, groups):
-    assert cli._groups(words) == groups
+    assert fit._groups(words) == groups
 
 
 def test_a_group_has_one_formula():
     with pytest.raises(DataError, match="a column is given twice"):
-        cli._groups(["batch=~ 1", "batch=~ 0 + time"])
+        fit._groups(["batch=~ 1", "batch=~ 0 + time"])
 
 
 def test_groups_none_and_the_usual_seed(folder, capsys, called):
@@ -305,7 +307,7 @@ def test_results_are_on_disk_before_they_are_on_screen(folder, capsys, called, m
     def broken_pipe(adata, key):
         raise BrokenPipeError("nobody reads")
 
-    monkeypatch.setattr(cli, "_print_tables", broken_pipe)
+    monkeypatch.setattr(fit, "print_tables", broken_pipe)
     run(folder, START + " --tree {}/tree.nwk --out {}/out.h5ad", capsys)
     assert (folder / "out.h5ad").exists()
 
@@ -329,11 +331,11 @@ def test_demo_prints_truth_beside_estimate(tmp_path, capsys):
     cf.tl.decompose(adata, "fate", family="bernoulli", rng=4)
     row = cf.get.components(adata).set_index("component").loc["lineage"]
     words = next(line for line in out.splitlines() if line.startswith("variance lineage")).split()
-    interval = f"[{cli._short(row.variance_lower)}, {cli._short(row.variance_upper)}]".split()
+    interval = f"[{show.short(row.variance_lower)}, {show.short(row.variance_upper)}]".split()
     verdict = cf.get.diagnostics(adata)["verdict"]
     assert verdict.startswith("weak")
-    assert out.rstrip().endswith(f"{verdict}\n{cli.FIRST_ASK} with cf.tl.test_components(adata).")
-    assert words == ["variance", "lineage", cli._short(2.0), cli._short(row.variance), *interval]
+    assert out.rstrip().endswith(f"{verdict}\n{show.FIRST_ASK} with cf.tl.test_components(adata).")
+    assert words == ["variance", "lineage", show.short(2.0), show.short(row.variance), *interval]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def test_demo_prints_truth_beside_estimate(tmp_path, capsys):
     ],
 )
 def test_priors_read_as_the_api_takes_them(text, expected):
-    assert cli._prior(text) == expected
+    assert fit._prior(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_priors_read_as_the_api_takes_them(text, expected):
     [(0.0, "0"), (1.0, "1.00"), (0.98765, "0.988"), (123.4, "123"), (1234.5, "1234"), (-0.25, "-0.250"), (1e-5, "1.00e-05"), (123456, "1.23e+05")],
 )  # fmt: skip
 def test_numbers_are_three_digits(x, text):
-    assert cli._short(x) == text
+    assert show.short(x) == text
 
 
 def test_version(capsys):
@@ -363,7 +365,7 @@ def test_version(capsys):
 
 
 def test_columns_line_up():
-    text = cli._columns([("a", "bb"), ("ccc", "d")])
+    text = show.columns([("a", "bb"), ("ccc", "d")])
     assert text.splitlines() == ["a    bb", "ccc   d"]
     assert np.ptp([len(line) for line in text.splitlines()]) == 0
 

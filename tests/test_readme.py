@@ -29,9 +29,10 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 @pytest.mark.filterwarnings("ignore:elpd_loo of:cellfate.errors.CellfateWarning")  # the README says so
-def test_the_quick_start_runs_and_gives_what_it_says():
+def test_the_quick_start_runs_and_gives_what_it_says(tmp_path, monkeypatch):
     (code, *more), (text,) = blocks("python"), blocks("text")
-    names = {}
+    names = {"__name__": "__main__"}
+    monkeypatch.chdir(tmp_path)
     exec(code, names)
     adata = names["adata"]
     for block in more:
@@ -84,3 +85,20 @@ def test_the_options_in_the_readme_exist():
     line = blocks("bash")[2].replace("\\\n", " ")
     arguments = cli.parser().parse_args(line.split()[1:])
     assert arguments.fate == ["marker_on"]
+
+
+def test_the_commands_of_a_cluster_exist(tmp_path):
+    import tomllib
+
+    from cellfate import cli
+
+    (script, commands), (config,) = blocks("bash")[3:5], blocks("toml")
+    (tmp_path / "job.toml").write_text(config)
+    lines = [line.removeprefix("exec ") for line in (script + commands).replace("\\\n", " ").splitlines()]
+    lines = [line.replace("job.toml", str(tmp_path / "job.toml")) for line in lines if line.startswith("cellfate ")]
+    assert [line.split()[1] for line in lines] == ["decompose", "decompose", "status", "merge"]
+    found = [cli.parser().parse_args(cli.configured(line.split()[1:])) for line in lines]
+    assert found[0].workers == 16
+    assert (found[1].scheduler, found[1].workers, found[1].chunk_size) == ("slurm", 40, "auto")
+    assert tomllib.loads(config)["slurm"]["memory"] == "8GB"
+    assert script.startswith("#!/bin/bash\n#SBATCH ")

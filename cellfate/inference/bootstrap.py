@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,25 +45,27 @@ def draw_fate(null: Null, rng: np.random.Generator) -> np.ndarray:
     )
 
 
-def bootstrap(
-    null: Null,
-    mode: Mode,
-    rule: Rule,
-    engine: Engine,
-    component: Component,
-    p: float,
-    *,
-    count: int,
-    rng: np.random.Generator,
-) -> float:
-    """How often a fate of the null model, fitted by itself, has a p-value as small as `p`."""
-    below, like = 1, null.b
-    for _ in progress(range(count), desc=f"bootstrap of {component.name}", unit="fate"):
-        y = torch.as_tensor(draw_fate(null, rng)).to(like)
+def null_p_values(
+    null: Null, mode: Mode, rule: Rule, engine: Engine, component: Component, seeds: Sequence[int]
+) -> list[float]:
+    """The p-value of a fate of the null model, fitted by itself, for each seed: none depends on the others."""
+    like, found = null.b, []
+    for seed in progress(seeds, desc=f"bootstrap of {component.name}", unit="fate"):
+        y = torch.as_tensor(draw_fate(null, np.random.default_rng(seed))).to(like)
         data = replace(null.model.data, outcome=replace(null.model.data.outcome, y=y))
         model = Model(
             null.model.family, null.model.components, data, null.model.priors, null.model.reml, null.model.limits
         )
         there = find_mode(model, null.engine, rule, start=mode.u)
-        below += score_test(Null(model, null.engine, rule, there), engine, component).p <= p
-    return below / (count + 1)
+        found.append(score_test(Null(model, null.engine, rule, there), engine, component).p)
+    return found
+
+
+def draw_seeds(rng: np.random.Generator, count: int) -> list[int]:
+    """One for each fate that is drawn, so that it does not matter where it is."""
+    return [int(seed) for seed in rng.integers(2**62, size=count)]
+
+
+def bootstrapped(p: float, drawn: Sequence[float]) -> float:
+    """How often a fate of the null model has a p-value as small as `p`, its own included."""
+    return (1 + sum(one <= p for one in drawn)) / (len(drawn) + 1)

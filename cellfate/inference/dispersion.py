@@ -10,14 +10,14 @@ responses spread over all means, on a thousand cells, are enough for the three n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from cellfate._runtime import logger, progress, side_by_side
+from cellfate._runtime import logger, progress
 from cellfate.errors import DataError
 from cellfate.inference.mode import PILOT_GAIN, find_mode
 
@@ -27,6 +27,7 @@ MOST = 60  # responses that it is worked out from
 CELLS = 1000  # of each
 NARROWEST = 0.5  # sd of the log dispersion about the trend, at least, as in DESeq2
 WIDEST = 1.5
+Estimate: TypeAlias = tuple[float, float]  # of a log dispersion, and its variance
 AT_END = 0.05  # of the log dispersion's bounds: a mode there is no estimate
 
 
@@ -53,47 +54,71 @@ def mean_count(counts: np.ndarray) -> float:
 
 
 def dispersion_trend(
-    glmm: Any,
     names: Sequence[str],
-    read: Any,
+    read: Callable[[slice], Sequence[Any]],
     parts: Sequence[slice],
-    X: np.ndarray | None,
-    offset: np.ndarray | None,
-    terms: Sequence[str] | None,
+    estimates: Callable[[Sequence[str], Sequence[np.ndarray]], Iterable[Estimate | None]],
 ) -> Trend | None:
-    """The trend over the responses that `read` gives by chunks; None where too few can be estimated."""
+    """The trend over the responses that `read` gives by chunks; None where too few can be estimated.
+
+    estimates: of some responses by their names, in order, as :func:`estimate` gives them.
+    """
+    chosen, means = spread_over_means(names, read, parts)
+    found: list[Estimate | None] = []
+    with progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar:
+        for places, columns in columns_at(chosen, read, parts):
+            for one in estimates([names[i] for i in places], columns):
+                found.append(one)
+                bar.update(1)
+    return trend_through(names, means, dict(zip(chosen, found, strict=True)))
+
+
+def spread_over_means(
+    names: Sequence[str], read: Callable[[slice], Sequence[Any]], parts: Sequence[slice]
+) -> tuple[list[int], np.ndarray]:
+    """Places, rising, of the responses that the trend is worked out from, and the means of all; NaN where there is none."""
     means = np.concatenate(
         [[math.nan if isinstance(y, DataError) else mean_count(y) for y in read(part)] for part in parts]
     )
+    ranked = _ranked(names, means)
+    places = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(MOST, len(ranked))).astype(int))]
+    return sorted(places.tolist()), means
+
+
+def _ranked(names: Sequence[str], means: np.ndarray) -> np.ndarray:
     usable = np.flatnonzero(np.isfinite(means))
-    ranked = usable[np.lexsort((np.asarray(names, dtype=str)[usable], means[usable]))]
-    chosen = set(ranked[np.unique(np.linspace(0, len(ranked) - 1, min(MOST, len(ranked))).astype(int))].tolist())
-    found: dict[int, tuple[float, float]] = {}
-    with progress(total=len(chosen), desc="trend of the dispersion", unit="response") as bar:
-        for part in parts:
-            places = [i for i in range(part.start, part.stop) if i in chosen]
-            columns = read(part) if places else []
-            tasks = [(names[i], columns[i - part.start]) for i in places]
-            estimates = side_by_side(lambda one: _estimate(glmm, *one, X, offset, terms), tasks, glmm.device)
-            for i, estimate in zip(places, estimates, strict=True):
-                if estimate is not None:
-                    found[i] = estimate
-                bar.update(1)
-    if len(found) < FEWEST // 2:
-        logger.info("the dispersion of %d responses only can be estimated: there is no trend to shrink to", len(found))
+    return usable[np.lexsort((np.asarray(names, dtype=str)[usable], means[usable]))]
+
+
+def columns_at(
+    chosen: Sequence[int], read: Callable[[slice], Sequence[Any]], parts: Sequence[slice]
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Places in each chunk that are among the chosen ones, and the responses there."""
+    for part in parts:
+        places = [i for i in chosen if part.start <= i < part.stop]
+        if places:
+            columns = read(part)
+            yield places, [columns[i - part.start] for i in places]
+
+
+def trend_through(names: Sequence[str], means: np.ndarray, found: Mapping[int, Estimate | None]) -> Trend | None:
+    """The trend through the estimates of responses at these places; None where there are too few."""
+    known = {i: one for i, one in found.items() if one is not None}
+    if len(known) < FEWEST // 2:
+        logger.info("the dispersion of %d responses only can be estimated: there is no trend to shrink to", len(known))
         return None
-    order = [i for i in ranked if i in found]  # sums in the same order whatever the chunks
-    return _through(means[order], np.array([found[i][0] for i in order]), np.array([found[i][1] for i in order]))
+    order = [i for i in _ranked(names, means).tolist() if i in known]  # sums in the same order whatever the chunks
+    return _through(means[order], np.array([known[i][0] for i in order]), np.array([known[i][1] for i in order]))
 
 
-def _estimate(
+def estimate(
     glmm: Any,
     name: str,
     y: np.ndarray,
     X: np.ndarray | None,
     offset: np.ndarray | None,
     terms: Sequence[str] | None,
-) -> tuple[float, float] | None:
+) -> Estimate | None:
     """Log dispersion at the mode of a fit of some of the cells, and its variance there; None where it is at its bounds."""
     try:
         own = glmm.with_priors({})  # one that others do not share

@@ -125,6 +125,7 @@ class GLMM:
         if engine not in (*ENGINES, *NOT_YET):
             raise unknown("engine", engine, ENGINES)
         self.engine_name, self.rank = engine, rank
+        self._decided: tuple[str, str] | None = None  # an engine and why, where that is not to be decided again
         self._engine: tuple[Engine, str, tuple[Any, ...]] | None = None  # and for what it was made
         self._problem: tuple[Model, Engine, str] | None = None
 
@@ -392,9 +393,23 @@ class GLMM:
     def _chosen(self, components: Sequence[Component], n: int, form: fates.Form | None = None) -> tuple[Engine, str]:
         made_for = (n, tuple(c.name for c in components), form)
         if self._engine is None or self._engine[2] != made_for:
-            made = choose(self.engine_name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
-            self._engine = *made, made_for
+            name, why = self._decided or (self.engine_name, "")
+            engine, because = choose(name, components, n, device=self.device, dtype=self.dtype, rank=self.rank)
+            self._engine = engine, why or because, made_for
         return self._engine[:2]
+
+    def plain(self, device: str | torch.device | None = None) -> GLMM:
+        """The same model as plain data, which pickles, with its engine decided: by how much memory a worker has, it may not depend.
+
+        `device`: where it will be fitted, which need not be here.
+        """
+        other = copy(self)
+        if self.family.kind != fates.KIND:  # there, it goes by how many fates there are
+            engine, why = self._chosen(self.components, self.components[0].kernel.n)
+            other._decided = engine.name, why
+        other._engine = other._problem = None
+        other.device = self.device if device is None else torch.device(device)
+        return other
 
     def with_priors(self, priors: Mapping[str, object]) -> GLMM:
         """The same model with these priors in place of its own where they are of one name; what is made for one serves both."""
@@ -406,6 +421,7 @@ class GLMM:
         """The same model of other components of the same names, such as ancestry by another tree."""
         other = copy(self)
         other.components, other._engine, other._problem = named_components(components, self.device), None, None
+        other._decided = None
         return other
 
     def shared(self) -> GLMM:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellfate._runtime import logger, named_generator, progress, resolve_device, side_by_side
+from cellfate._runtime import announce, logger, named_generator, progress, resolve_device, side_by_side
 from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.errors import CellfateWarning, DataError
@@ -180,7 +180,7 @@ class Together:
             )
         if beyond:
             said = examples(np.array(names, dtype=object)[beyond])
-            logger.info("%d responses are fitted by themselves, beyond the end of the tables: %s", len(beyond), said)
+            announce("%d responses are fitted by themselves, beyond the end of the tables: %s", len(beyond), said)
             whole = self.whole(engine)
             fits = side_by_side(lambda i: self.alone(whole, Y[:, i], names[i], seed), beyond, self.on)
             found |= dict(zip(beyond, fits, strict=True))
@@ -342,8 +342,8 @@ def _in_parts(posteriors: Posteriors, count: int) -> Modes:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(p, name) for p in parts])
 
-    names = ("u", "log_posterior", "log_prior", "curvature", "gain")
-    return Modes(**{name: joined(name) for name in names}, steps=max(p.steps for p in parts))
+    names = ("u", "log_posterior", "log_prior", "curvature", "gain", "steps")
+    return Modes(**{name: joined(name) for name in names})
 
 
 def _some_of(modes: Modes, some: np.ndarray) -> Modes:
@@ -353,7 +353,7 @@ def _some_of(modes: Modes, some: np.ndarray) -> Modes:
         modes.log_prior[some],
         modes.curvature[some],
         modes.gain[some],
-        modes.steps,
+        modes.steps[some],
     )
 
 
@@ -434,7 +434,7 @@ def _mode(posteriors: Posteriors, i: int, k: int, modes: Modes) -> Mode:
         mean_slope=none,
         log_variance_slope=none,
         at_bound=at_bound,
-        evaluations=modes.steps,
+        evaluations=int(modes.steps[k]),
         converged=True,
         message="converged",
     )

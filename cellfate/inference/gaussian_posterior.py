@@ -41,7 +41,7 @@ class Modes:
     log_prior: np.ndarray
     curvature: np.ndarray
     gain: np.ndarray  # that another step would bring
-    steps: int
+    steps: np.ndarray  # (g,) that each took, whatever its company
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,10 @@ class Posteriors:
         probe, active = 0.2 * PROBE * unit, np.ones(len(rows), dtype=bool)
         value, gain = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
         curvature = np.zeros((*u.shape, u.shape[1]))
-        steps = 0
-        for steps in range(1, STEPS + 1):  # noqa: B007
+        steps = np.zeros(len(rows), dtype=np.int64)
+        for _ in range(STEPS):
             on = np.flatnonzero(active)
+            steps[on] += 1
             some = take(forms, on)
             here, slope, bend = self._derivatives(rows[on], u[on], probe[on], some)
             scaled, pull = bend * unit[on][:, :, None] * unit[on][:, None, :], slope * unit[on]

@@ -9,16 +9,16 @@ chunks, nor the company changes an answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from cellfate._runtime import logger, named_generator, progress, side_by_side
+from cellfate._runtime import announce, logger, named_generator, progress, side_by_side
 from cellfate.cells import Coded
 from cellfate.errors import DataError, Failure
 from cellfate.inference.arrays import numbers, term_names
-from cellfate.inference.dispersion import DISPERSION, FEWEST, Trend, dispersion_trend
+from cellfate.inference.dispersion import DISPERSION, FEWEST, Estimate, Trend, dispersion_trend, estimate
 from cellfate.inference.fit import GLMM, GLMMFit
 from cellfate.inference.gaussian_many import Together, can_serve
 from cellfate.model.checks import check_design, check_response
@@ -45,6 +45,72 @@ def chunks(count: int, n: int, chunk_size: int | str) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """What many responses over the same `n` cells share, as plain data: it pickles, so that it can be sent to a worker.
+
+    glmm: the model, see :meth:`cellfate.GLMM.plain`; count: of all responses, not only of those that are fitted in one place.
+    X: (n, p), its columns `terms`; offset, trials: (n,) or None. seed: random numbers of a response go by it and by its name.
+    """
+
+    glmm: GLMM
+    count: int
+    n: int
+    X: Any = None
+    offset: Any = None
+    trials: Any = None
+    terms: Sequence[str] | None = None
+    seed: int = 0
+
+    @property
+    def wants_trend(self) -> bool:
+        """Whether each is fitted under a trend of the dispersion over all of them."""
+        glmm = self.glmm
+        return glmm.family.parameter == DISPERSION and DISPERSION not in glmm.priors and self.count >= FEWEST
+
+    @property
+    def shares_tables(self) -> bool:
+        """Whether they are gaussian, many, and of a model whose likelihood can be tabulated."""
+        glmm = self.glmm
+        many = glmm.family.name == "gaussian" and self.count >= ENOUGH
+        return many and can_serve(glmm.components, engine=glmm.engine_name, reml=glmm.reml) is None
+
+    def ready(self) -> Ready:
+        """With what is made once."""
+        return Ready(self)
+
+
+class Ready:
+    """What is made once for many responses: the engine, its bases, tables. Answers do not depend on what was asked before."""
+
+    def __init__(self, of: Responses) -> None:
+        self.of, self.glmm = of, of.glmm.shared()
+        self._together = _together(self.glmm, of)
+
+    def fits(
+        self, names: Sequence[str], columns: Sequence[Column], trend: Trend | None = None
+    ) -> Iterator[GLMMFit | Failure]:
+        """A fit of each of these responses in turn, or what went wrong with it."""
+        of = self.of
+        if self._together is not None:
+            return _fit_together(self._together, names, columns, of.seed, self.glmm.engine_name)
+        return side_by_side(
+            lambda one: _fit_one(self.glmm, trend, *one, of.X, of.offset, of.trials, of.terms, of.seed),
+            list(zip(names, columns, strict=True)),
+            self.glmm.device,
+            alone=of.count == 1,
+        )
+
+    def estimates(self, names: Sequence[str], columns: Sequence[np.ndarray]) -> Iterator[Estimate | None]:
+        """What each of these responses alone says of its dispersion, see :mod:`cellfate.inference.dispersion`."""
+        of = self.of
+        return side_by_side(
+            lambda one: estimate(self.glmm, *one, of.X, of.offset, of.terms),
+            list(zip(names, columns, strict=True)),
+            self.glmm.device,
+        )
+
+
 def fit_many(
     glmm: GLMM,
     names: Sequence[str],
@@ -64,41 +130,28 @@ def fit_many(
     (:mod:`cellfate.inference.dispersion`), unless the model's priors say otherwise or there are fewer than 20 of them.
     """
     parts = chunks(len(names), n, chunk_size)
-    shared = glmm.shared()
-    logger.info("%s", shared.reason)
-    trend = None
-    if glmm.family.parameter == DISPERSION and DISPERSION not in glmm.priors and len(names) >= FEWEST:
-        trend = dispersion_trend(shared, names, read, parts, X, offset, terms)
-    together = _together(shared, len(names), X, offset, terms, n)
+    ready = Responses(glmm, len(names), n, X, offset, trials, terms, seed).ready()
+    logger.info("%s", ready.glmm.reason)
+    trend = dispersion_trend(names, read, parts, ready.estimates) if ready.of.wants_trend else None
     with progress(total=len(names), desc="responses", unit="response") as bar:
         for part in parts:
-            columns = read(part)
-            if together is not None:
-                found = _fit_together(together, names[part], columns, seed, shared.engine_name)
-            else:
-                found = side_by_side(
-                    lambda one: _fit_one(shared, trend, *one, X, offset, trials, terms, seed),
-                    list(zip(names[part], columns, strict=True)),
-                    shared.device,
-                )
-            for one in found:
+            for one in ready.fits(names[part], read(part), trend):
                 yield one
                 bar.update(1)
 
 
-def _together(glmm: GLMM, count: int, X: Any, offset: Any, terms: Sequence[str] | None, n: int) -> Together | None:
+def _together(glmm: GLMM, of: Responses) -> Together | None:
     """What gaussian responses share, where they are many and the model is one whose likelihood can be tabulated."""
-    if glmm.family.name != "gaussian" or count < ENOUGH:
+    if not of.shares_tables:
+        if glmm.family.name == "gaussian" and of.count >= ENOUGH:
+            refused = can_serve(glmm.components, engine=glmm.engine_name, reml=glmm.reml)
+            announce("each of %d responses is fitted by itself: %s", of.count, refused)
         return None
-    refused = can_serve(glmm.components, engine=glmm.engine_name, reml=glmm.reml)
-    if refused is not None:
-        logger.info("each of %d responses is fitted by itself: %s", count, refused)
-        return None
-    design = np.zeros((n, 0)) if X is None else numbers("X", X, 2, n)
-    names = term_names(terms, design.shape[1])
+    design = np.zeros((of.n, 0)) if of.X is None else numbers("X", of.X, 2, of.n)
+    names = term_names(of.terms, design.shape[1])
     if names:
-        check_design(design, names, np.arange(n), "X")
-    known = None if offset is None else numbers("offset", offset, 1, n)
+        check_design(design, names, np.arange(of.n), "X")
+    known = None if of.offset is None else numbers("offset", of.offset, 1, of.n)
     return Together(glmm.components, design, names, known, glmm.priors, glmm.rank, glmm.device)
 
 

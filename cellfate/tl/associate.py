@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,21 +13,27 @@ from scipy.stats import false_discovery_control, norm
 
 from cellfate import _keys
 from cellfate._runtime import logger, progress
+from cellfate.distributed.executors import answered, executor, here, ordered
+from cellfate.distributed.tasks import Job, Task, Work
 from cellfate.errors import DataError
 from cellfate.inference.associate import Associations, inflation
-from cellfate.inference.many import chunks
+from cellfate.inference.fit import GLMM
+from cellfate.inference.many import Column, chunks
 from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
-from cellfate.io.many import find_fates
+from cellfate.io.many import Fates, find_fates
 from cellfate.io.store import write_table
 from cellfate.tl.fitted import check_there, fitted
+from cellfate.tl.posteriors import arguments_of
 
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from distributed import Client
 
 FEWEST = 20  # covariates, of which a median says something
 CALIBRATED, MANY = (0.9, 1.1), 100  # lambda within which, and covariates below which, nothing is said of it
+AT_ONCE = 256  # covariates of a chunk
 
 
 def associate(
@@ -43,6 +51,7 @@ def associate(
     trials: Any = None,
     device: str | torch.device = "auto",
     chunk_size: int | str = "auto",
+    client: Client | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Test many covariates or genes, one at a time, against a fate, given its ancestry and neighborhood.
@@ -66,6 +75,9 @@ def associate(
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     chunk_size
         How many covariates to read at once.
+    client
+        A `dask.distributed.Client`: chunks of covariates are tested by its workers, each on one thread. What is found is what one
+        process on one thread finds.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -86,24 +98,26 @@ def associate(
     """
     check_adata(adata)
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
-    fit = fitted(adata, key, handed, device)
+    workers = executor(client)
+    fit = fitted(adata, key, handed, device if client is None else here(workers.device(device)))
     check_there(fit, "associations")
     found = find_fates(
         adata, covariates, layer=layer, min_cells=min_cells, kind="real", trials=None, kept=fit.cells.kept
     )
     if str(fit.params["fate"]) in found.names:
         raise DataError(f"the fate {fit.params['fate']!r} is among the covariates: leave it out.")
-    model, engine, _ = fit.glmm.problem
-    ask = Associations(model, engine, fit.glmm.rule, fit.mode)
+    job = AssociateJob(fit.glmm.plain(workers.device(device)), arguments_of(fit.cells), fit.mode, workers.threads)
+    parts = chunks(len(found.names), fit.cells.n, AT_ONCE if chunk_size == "auto" else chunk_size)
     rows = []
-    with progress(total=len(found.names), desc="covariates", unit="covariate") as bar:
-        for part in chunks(len(found.names), fit.cells.n, chunk_size):
-            columns = found.read(part)
-            usable = [c for c in columns if isinstance(c, np.ndarray)]
-            estimates, errors = ask(np.column_stack(usable)) if usable else (np.zeros(0), np.zeros(0))
-            answers = iter(zip(estimates, errors, strict=True))
-            for name, column in zip(found.names[part], columns, strict=True):
-                estimate, error = next(answers) if isinstance(column, np.ndarray) else (np.nan, np.nan)
+    with (
+        progress(total=len(found.names), desc="covariates", unit="covariate") as bar,
+        closing(workers.run(job, _tasks(found, parts))) as answers,
+    ):
+        for task, (estimates, errors) in ordered(answered(answers), range(len(parts))):
+            columns = task.data
+            tested = iter(zip(estimates, errors, strict=True))
+            for name, column in zip(found.names[parts[task.index]], columns, strict=True):
+                estimate, error = next(tested) if isinstance(column, np.ndarray) else (np.nan, np.nan)
                 status = "tested" if np.isfinite(error) else "the fixed effects hold it"
                 status = str(column) if isinstance(column, DataError) else status
                 rows.append({"covariate": name, "estimate": estimate, "error": error, "status": status})
@@ -130,3 +144,29 @@ def _say_spread(z: np.ndarray) -> None:
     if len(z) >= MANY and not CALIBRATED[0] <= spread <= CALIBRATED[1]:
         said = ": the fate goes with many of them, or the model misses something"
     logger.info("%d covariates, lambda %.2f%s", len(z), spread, said)
+
+
+def _tasks(found: Fates, parts: Sequence[slice]) -> Iterator[Task]:
+    """Chunks of covariates, read when they are handed out."""
+    for index, part in enumerate(parts):
+        yield Task(index, f"the association of {found.names[part.start]!r}", found.read(part))
+
+
+@dataclass(frozen=True, eq=False)
+class AssociateJob(Job):
+    """Score tests of covariates against a fitted null model. Columns are answered by estimates and errors of those that are numbers."""
+
+    glmm: GLMM
+    arguments: Mapping[str, Any]  # the data of the fit
+    mode: Mapping[str, float]
+    threads: int = 1
+
+    def prepare(self) -> Work:
+        model, engine, _ = self.glmm.on(**self.arguments).problem
+        ask = Associations(model, engine, self.glmm.rule, self.mode)
+
+        def work(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
+            usable = [c for c in columns if isinstance(c, np.ndarray)]
+            return ask(np.column_stack(usable)) if usable else (np.zeros(0), np.zeros(0))
+
+        return work

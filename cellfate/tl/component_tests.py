@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2, false_discovery_control
+from scipy.stats import false_discovery_control
 
 from cellfate import _keys
-from cellfate._runtime import SeedLike, generator, logger, named_generator, one_of_many, out_of_memory, progress
-from cellfate.cells import Cells, Coded
-from cellfate.engines.base import Engine
-from cellfate.engines.choose import choose
-from cellfate.errors import DataError, Failure, unknown
-from cellfate.inference.bootstrap import DRAWABLE, bootstrap
-from cellfate.inference.fit import GLMM
-from cellfate.inference.locate import locate
+from cellfate._runtime import SeedLike, generator, logger, progress
+from cellfate.distributed.executors import Executor, answered, executor, here, ordered
+from cellfate.distributed.tasks import Task
+from cellfate.errors import DataError, unknown
+from cellfate.inference.bootstrap import DRAWABLE, bootstrapped, draw_seeds
 from cellfate.inference.many import chunks
-from cellfate.inference.mode import Mode
-from cellfate.inference.score import Null, score_test
-from cellfate.inference.swaps import swap_test
 from cellfate.io.again import OBJECTS
 from cellfate.io.columns import check_adata
 from cellfate.io.many import Fates
 from cellfate.io.store import write_table
-from cellfate.kernels.base import Component
-from cellfate.model.glmm import Model
 from cellfate.tl.fitted import Fitted, check_there, fitted_all
 from cellfate.tl.sets import clades, neighborhoods
+from cellfate.tl.tested import Asked, TestJob, given
 
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from distributed import Client
 
 METHODS = ("score", "likelihood_ratio", "bootstrap", "permutation")
+TOGETHER, LEAST_CHUNKS = 16, 64  # fates of a chunk at most, and chunks at least where there are as many fates
+DRAWN = 10  # fates of a bootstrap that are drawn in one task
 SWAPPED = 6  # cells of a set within which they are swapped, on average
 MOST_SWAPPED = 8  # of a neighborhood
 
@@ -57,6 +54,7 @@ def test_components(
     trials: Any = None,
     device: str | torch.device = "auto",
     rng: SeedLike | None = None,
+    client: Client | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Test each component given all others: the model is fitted without it, and its score is looked at.
@@ -86,6 +84,9 @@ def test_components(
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     rng
         Seed of the bootstrap and of the swaps.
+    client
+        A `dask.distributed.Client`: chunks of many fates, or of the fates that a bootstrap draws, are tested by its workers, each on
+        one thread. What is found is what one process on one thread finds.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -110,7 +111,8 @@ def test_components(
         if not isinstance(value, int | np.integer) or value < 1:
             raise DataError(f"{argument} is {value!r}, wanted how many {what}, such as 199.")
     handed = dict(zip(OBJECTS, (lineage, spatial, graph, niche, offset, trials), strict=True))
-    fit, fates = fitted_all(adata, key, handed, device)
+    workers = executor(client)
+    fit, fates = fitted_all(adata, key, handed, device if client is None else here(workers.device(device)))
     family = fit.glmm.family
     check_there(fit, "tests of components")
     if method == "bootstrap" and family.kind not in DRAWABLE:
@@ -119,14 +121,25 @@ def test_components(
         )
     names = _names(fit, components)
     sets = {name: _sets(fit, name) for name in names} if method == "permutation" else {}
-    seed, rows = int(generator(rng).integers(2**63)), []
-    for name in names:
-        test = _Test(fit, name, method, int(n_boot), int(n_perm), sets.get(name), alone=fates is None)
-        for cells in _responses(fit, fates):
-            response = cells.response if isinstance(cells, Failure) else cells.response_name
-            row = {} if fates is None else {"response": response}
-            row |= {"component": name, "given": " + ".join(c.name for c in test.rest), "method": method}
-            rows.append(row | test(cells, named_generator(seed, f"{name} {response}")))
+    seed = int(generator(rng).integers(2**63))
+    job = TestJob(
+        replace(fit, glmm=fit.glmm.plain(workers.device(device))),
+        method,
+        int(n_boot),
+        int(n_perm),
+        sets,
+        seed,
+        workers.threads,
+    )
+    rows = []
+    for name, response, found in _answers(job, names, fates, workers):
+        row = {} if fates is None else {"response": response}
+        row |= {
+            "component": name,
+            "given": " + ".join(c.name for c in given(fit.glmm.components, name)),
+            "method": method,
+        }
+        rows.append(row | found)
     table = pd.DataFrame(rows)
     if fates is None:
         for row in rows:
@@ -139,20 +152,60 @@ def test_components(
     return adata if copy else None
 
 
-def _responses(fit: Fitted, fates: Fates | None) -> Iterator[Cells | Failure]:
-    """The cells of the fit with each of its fates."""
-    if fates is None:
-        yield fit.cells
-        return
-    with progress(total=len(fates.names), desc="tests", unit="response") as bar:
-        for part in chunks(len(fates.names), fit.cells.n, "auto"):
-            for name, column in zip(fates.names[part], fates.read(part), strict=True):
-                if isinstance(column, DataError):
-                    yield Failure(name, str(column))
-                else:
-                    y, levels = (column.y, column.levels) if isinstance(column, Coded) else (column, None)
-                    yield replace(fit.cells, response=y, response_name=name, levels=levels)
-                bar.update(1)
+def _answers(
+    job: TestJob, names: Sequence[str], fates: Fates | None, workers: Executor
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Component, fate, and what was found of it, in order."""
+    alone = fates is None
+    tasks = list(_of_one(job, names)) if fates is None else _of_many(job, names, fates)
+    count = len(tasks) if isinstance(tasks, list) else len(names) * len(_parts(job, fates))
+    response = job.fit.cells.response_name
+    held: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    with progress(total=count, desc="tests", unit="task") as bar, closing(workers.run(job, tasks)) as answers:
+        for task, answer in ordered(answered(answers), range(count)):
+            asked: Asked = task.data
+            bar.update()
+            if not alone:
+                assert asked.names is not None
+                yield from ((asked.component, name, row) for name, row in zip(asked.names, answer, strict=True))
+            elif job.method != "bootstrap":
+                yield asked.component, response, answer[0]
+            elif asked.seeds is None:
+                held[asked.component] = answer[0], []
+            else:
+                row, drawn = held[asked.component]
+                drawn += answer
+                if len(drawn) == job.n_boot:
+                    yield asked.component, response, row | {"p": bootstrapped(row["p_score"], drawn)}
+
+
+def _of_one(job: TestJob, names: Sequence[str]) -> Iterator[Task]:
+    """The fate of the fit, and fates drawn from its null model by a few."""
+    index = 0
+    for name in names:
+        yield Task(index, f"the test of {name}", Asked(name))
+        index += 1
+        if job.method == "bootstrap":
+            seeds = draw_seeds(job.stream(name, job.fit.cells.response_name), job.n_boot)
+            for first in range(0, job.n_boot, DRAWN):
+                yield Task(index, f"the bootstrap of {name}", Asked(name, seeds=tuple(seeds[first : first + DRAWN])))
+                index += 1
+
+
+def _of_many(job: TestJob, names: Sequence[str], fates: Fates) -> Iterator[Task]:
+    """Chunks of fates, read when they are handed out."""
+    parts = _parts(job, fates)
+    for i, name in enumerate(names):
+        for j, part in enumerate(parts):
+            some = tuple(fates.names[part])
+            asked = Asked(name, some, tuple(fates.read(part)))
+            yield Task(i * len(parts) + j, f"the test of {name} in {some[0]!r}", asked)
+
+
+def _parts(job: TestJob, fates: Fates | None) -> list[slice]:
+    assert fates is not None
+    count = len(fates.names)
+    return chunks(count, job.fit.cells.n, max(1, min(TOGETHER, -(-count // LEAST_CHUNKS))))
 
 
 def _adjusted(table: pd.DataFrame) -> pd.DataFrame:
@@ -180,64 +233,6 @@ def _sets(fit: Fitted, name: str) -> np.ndarray:
     )
 
 
-def half_chi_square(gain: float) -> float:
-    """Tail of an even mixture of chi-squares of zero and one degree of freedom."""
-    return float(0.5 * chi2.sf(gain, 1)) if gain > 0 else 1.0
-
-
-class _Test:
-    """The test of one component in any fate of the fit; what does not depend on the fate is made once."""
-
-    def __init__(
-        self,
-        fit: Fitted,
-        name: str,
-        method: str,
-        n_boot: int,
-        n_perm: int,
-        sets: np.ndarray | None,
-        *,
-        alone: bool,
-    ) -> None:
-        glmm, self._alone = fit.glmm, alone
-        self.rest = [c for c in glmm.components if c.name != name and not _goes_by(c, name)]
-        (self._own,) = (c for c in glmm.components if c.name == name)
-        self._engine, _ = choose("auto", [self._own], fit.cells.n, device=glmm.device, dtype=glmm.dtype, rank=glmm.rank)
-        self._null, self._sets = _with_only(fit, self.rest).shared(), sets
-        self._method, self._n_boot, self._n_perm = method, n_boot, n_perm
-        if method == "likelihood_ratio":  # the null model and the component, without the interactions that go by it
-            self._whole = _with_only(fit, [c for c in glmm.components if c is self._own or c in self.rest]).shared()
-
-    def __call__(self, cells: Cells | Failure, rng: np.random.Generator) -> dict[str, Any]:
-        """`p`, what it was made from, and `status`."""
-        if isinstance(cells, Failure):
-            return {"p": np.nan, "status": f"failed: {cells.reason}"}
-        if self._alone:
-            return self._tested(cells, rng) | {"status": "tested"}
-        try:
-            with one_of_many():
-                return self._tested(cells, rng) | {"status": "tested"}
-        except (DataError, ArithmeticError, ValueError, RuntimeError) as error:
-            if out_of_memory(error):
-                raise
-            return {"p": np.nan, "status": f"failed: {error}"}
-
-    def _tested(self, cells: Cells, rng: np.random.Generator) -> dict[str, Any]:
-        model, engine, mode = _mode(self._null, cells)
-        if self._method == "likelihood_ratio":
-            gain = 2 * (_mode(self._whole, cells)[2].free_energy - mode.free_energy)
-            return {"p": half_chi_square(gain), "statistic": gain}
-        rule = self._null.rule
-        null = Null(model, engine, rule, mode)
-        if self._sets is not None:
-            return {"p": swap_test(null, self._engine, self._own, self._sets, count=self._n_perm, rng=rng)}
-        p = score_test(null, self._engine, self._own).p
-        if self._method != "bootstrap":
-            return {"p": p}
-        found = bootstrap(null, mode, rule, self._engine, self._own, p, count=self._n_boot, rng=rng)
-        return {"p": found, "p_score": p}
-
-
 def _names(fit: Fitted, components: str | Sequence[str] | None) -> list[str]:
     known = [c.name for c in fit.glmm.components]
     if len(known) < 2:
@@ -255,26 +250,3 @@ def _names(fit: Fitted, components: str | Sequence[str] | None) -> list[str]:
             f"a test of {held}, intercepts and slopes that covary, is not there yet. Fit them apart, as '(1 + x || {held[0]})'."
         )
     return wanted
-
-
-def _goes_by(component: Any, name: str) -> bool:
-    """An interaction has no shape of its own without the component that lends it one."""
-    return any(parameter.endswith(f"_{name}") for parameter in component.kernel.borrowed)
-
-
-def _with_only(fit: Fitted, rest: Sequence[Component]) -> GLMM:
-    """The model of the fit with these components only."""
-    glmm = fit.glmm
-    priors = fit.priors_among([c.name for c in rest])
-    options = {"link": glmm.family.link, "method": glmm.rule.name, "engine": glmm.engine_name, "rank": glmm.rank}
-    return GLMM(glmm.family.name, rest, priors=priors, device=glmm.device, dtype=glmm.dtype, **options)  # type: ignore[arg-type]
-
-
-def _mode(glmm: GLMM, cells: Cells) -> tuple[Model, Engine, Mode]:
-    """The mode for these cells and their fate, with the model and the engine focused on it."""
-    own = glmm.with_priors({})  # one that other fates do not share
-    own.on(
-        cells.response, cells.design, cells.offset, trials=cells.trials, terms=cells.terms, response=cells.response_name
-    )
-    model, engine, _ = own.problem
-    return locate(model, engine, glmm.rule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 from cellfate import __version__, _keys
 from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
+from cellfate.distributed.executors import executor, here
 from cellfate.errors import CellfateWarning
 from cellfate.inference.fit import GLMM
 from cellfate.io.again import GIVEN, named, noted_groups
@@ -24,7 +26,9 @@ from cellfate.io.neighbors import graph_of_field
 from cellfate.io.store import check_free, write_many, write_results, write_table
 from cellfate.io.trees import find_trees, one_of_one, under_each
 from cellfate.tl.components import check_kernels, components_of, with_truncation
+from cellfate.tl.jobs import Run, check_store
 from cellfate.tl.many import fit_all
+from cellfate.tl.posteriors import arguments_of, fit_elsewhere
 from cellfate.tl.trees import check_weights, fit_trees
 
 FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random effect
@@ -32,6 +36,7 @@ FEWEST_SPECIMENS = 3  # from which on the variance between specimens is a random
 if TYPE_CHECKING:
     import torch
     from anndata import AnnData
+    from distributed import Client
 
 
 def decompose(
@@ -68,6 +73,8 @@ def decompose(
     min_cells: int = 10,
     chunk_size: int | str = "auto",
     key_added: str = _keys.KEY,
+    client: Client | None = None,
+    store: str | os.PathLike[str] | None = None,
     copy: bool = False,
 ) -> AnnData | None:
     """Partition the variation of a fate into ancestry and neighborhood.
@@ -167,6 +174,12 @@ def decompose(
         For many responses: see `fate`, and how many are read at once. Results do not depend on the chunks, nor on the order.
     key_added
         Name of the slots that are written. An earlier fit of that name is replaced, anything else is refused.
+    client
+        A `dask.distributed.Client`: fates, or the fits under each of several trees, are computed in chunks by its workers, each on one
+        thread, and with ``device="cuda"`` on the GPU that it sees. Results are those of one process to the last bit, on the same device.
+    store
+        A folder in which chunks of fates, or the fits under several trees, are kept as they are finished. The same call goes on from
+        there, and computes what is missing; with other inputs or settings it is refused. Without `rng` the seed is that of the store.
     copy
         Return a copy and leave `adata` as it is.
 
@@ -193,6 +206,8 @@ def decompose(
         Where the input breaks the data contract; the message names the key, what was found and what to do.
     NotImplementedError
         For several fates under several trees: fit one fate at a time, or all under one tree.
+    Interrupted
+        Where the scheduler of `client` went away; the message says how many chunks are in the store.
 
     Examples
     --------
@@ -215,6 +230,10 @@ def decompose(
     check_kernels(lineage_kernel, spatial_kernel, lengthscale)
     check_adata(adata)
     check_free(adata, key_added)
+    check_store(store)
+    workers = executor(client)
+    if client is not None:
+        model["device"] = here(workers.device(device))
     lineage = one_of_one(lineage)
     trees = find_trees(adata, lineage, lineage_kernel)
     check_weights(tree_weights, trees)
@@ -280,21 +299,20 @@ def decompose(
         "n_specimens": len(cells.specimens),
         "version": __version__,
         **model,
+        "device": device,
     }
+    run = None
+    if client is not None or store is not None:
+        there = workers.device(device)  # what it is resolved to: results differ between kinds
+        told = {name: value for name, value in params.items() if name not in ("version", "levels")}
+        run = Run(workers, store, {**told, "device": there.type, "chunk_size": chunk_size}, there)
     if isinstance(fate, str):
         logger.info("%s: %d cells, %s, %s", fate, cells.n, family, " + ".join(c.name for c in components))
         table = None
-        if trees is None:
-            fit = glmm.fit(
-                cells.response,
-                cells.design,
-                cells.offset,
-                trials=cells.trials,
-                terms=cells.terms,
-                levels=cells.levels,
-                response=fate,
-                rng=rng,
-            )
+        if trees is None and run is not None:
+            fit = fit_elsewhere(glmm, cells, rng, run)
+        elif trees is None:
+            fit = glmm.fit(**arguments_of(cells), rng=rng)
         else:
             each = under_each(
                 adata,
@@ -306,7 +324,7 @@ def decompose(
                 library_key=library_key,
                 trials=trials,
             )
-            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng)
+            fit, table = fit_trees(glmm, each, trees, tree_weights, lineage_kernel, rng, run)
         fit, doubt = with_truncation(fit, components)
         if doubt:
             warnings.warn(doubt, CellfateWarning, stacklevel=2)
@@ -318,7 +336,7 @@ def decompose(
         fates = find_fates(
             adata, fate, layer=layer, min_cells=min_cells, kind=glmm.family.kind, trials=trials, kept=cells.kept
         )
-        found = fit_all(glmm, cells, fates, formula, rng, chunk_size)
+        found = fit_all(glmm, cells, fates, formula, rng, chunk_size, run)
         adata = adata.copy() if copy else adata
         write_many(adata, key_added, found, fates.names if fates.only_genes else None, params)
     return adata if copy else None

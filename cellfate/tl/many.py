@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import warnings
 
-import numpy as np
-
-from cellfate._runtime import SeedLike, generator, logger
+from cellfate._runtime import SeedLike, logger
 from cellfate.cells import Cells
 from cellfate.errors import CellfateWarning, DataError, Failure
 from cellfate.inference.fit import GLMM, GLMMFit
-from cellfate.inference.many import fit_many, summarized
+from cellfate.inference.many import Responses, fit_many, summarized
 from cellfate.io.design import columns_of
 from cellfate.io.many import Fates
 from cellfate.tl.components import with_truncation
+from cellfate.tl.jobs import Run, fit_chunks, seed_of
 from cellfate.trees.forest import examples
 
 
 def fit_all(
-    glmm: GLMM, cells: Cells, fates: Fates, formula: str, rng: SeedLike | None, chunk_size: int | str
+    glmm: GLMM,
+    cells: Cells,
+    fates: Fates,
+    formula: str,
+    rng: SeedLike | None,
+    chunk_size: int | str,
+    run: Run | None = None,
 ) -> list[GLMMFit | Failure]:
-    """The fits of all fates in their order, or why one has none; warns of those, and of those in doubt."""
+    """The fits of all fates in their order, or why one has none; warns of those, and of those in doubt.
+
+    With a `run` in chunks, elsewhere or into a store.
+    """
     own = [name for name in fates.names if name in columns_of(formula) or name in cells.groups]
     if own:
         raise DataError(
@@ -28,21 +36,24 @@ def fit_all(
         )
     names = " + ".join(component.name for component in glmm.components)
     logger.info("%d fates: %d cells, %s, %s", len(fates.names), cells.n, glmm.family.name, names)
-    seed = int(rng) if isinstance(rng, int | np.integer) else int(generator(rng).integers(2**63))
-    found = list(
-        fit_many(
-            glmm,
-            fates.names,
-            fates.read,
+    seed = seed_of(rng, None if run is None else run.store)
+    known = {"n": cells.n, "trials": cells.trials, "terms": cells.terms, "seed": seed}
+    if run is None:
+        found = list(
+            fit_many(glmm, fates.names, fates.read, cells.design, cells.offset, **known, chunk_size=chunk_size)  # type: ignore[arg-type]
+        )
+    else:
+        responses = Responses(
+            glmm.plain(run.executor.device(run.device)),
+            len(fates.names),
+            cells.n,
             cells.design,
             cells.offset,
-            n=cells.n,
-            trials=cells.trials,
-            terms=cells.terms,
-            seed=seed,
-            chunk_size=chunk_size,
+            cells.trials,
+            cells.terms,
+            seed,
         )
-    )
+        found = fit_chunks(responses, fates, run, chunk_size)
     found = [one if isinstance(one, Failure) else with_truncation(one, glmm.components)[0] for one in found]
     which = summarized(found)
     if len(which["failed"]) == len(found):

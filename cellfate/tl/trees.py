@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellfate._runtime import SeedLike, generator, logger, one_of_many, progress
+from cellfate._runtime import SeedLike, logger, one_of_many, progress
 from cellfate.cells import Cells
 from cellfate.errors import DataError, unknown
 from cellfate.inference.fit import GLMM, GLMMFit
@@ -28,6 +28,8 @@ from cellfate.io.lineage import Ancestry
 from cellfate.io.trees import Trees
 from cellfate.kernels.base import Component
 from cellfate.tl.components import under_tree
+from cellfate.tl.jobs import Run
+from cellfate.tl.posteriors import arguments_of, posteriors, stream_of
 from cellfate.trees.forest import examples
 
 EVIDENCE, EQUAL = "evidence", "equal"
@@ -63,10 +65,14 @@ def fit_trees(
     tree_weights: Any,
     lineage_kernel: str,
     rng: SeedLike | None,
+    run: Run | None = None,
 ) -> tuple[GLMMFit, pd.DataFrame]:
-    """The pooled fit, and a row for each tree; `glmm` is the model under the first, `cells` are those under each."""
+    """The pooled fit, and a row for each tree; `glmm` is the model under the first, `cells` are those under each.
+
+    With a `run` the fit under each tree is a task.
+    """
     began, names = time.perf_counter(), trees.names
-    stream = generator(rng)
+    stream, given = stream_of(rng, run)
     seed = int(deepcopy(stream).integers(2**62))  # of the pooling, whichever tree comes first
     # the same numbers for every tree: errors of the integration are then alike, and cancel where trees are compared
     streams = [stream, *(deepcopy(stream) for _ in names[1:])]
@@ -78,16 +84,21 @@ def fit_trees(
         ),
     ]
     tasks = list(zip(components, cells, trees.ancestries, streams, strict=True))
-    found = [_posterior(glmm, *tasks[0])]  # says what is not about the tree
     by_evidence = isinstance(tree_weights, str) and tree_weights == EVIDENCE
+    found: list[Integrated] = []
+    if run is not None:
+        labels = [f"the fit under {ancestry.label}" for ancestry in trees.ancestries]
+        found = posteriors(glmm, cells[0], components, streams, labels, names, run, given)
+    else:
+        found = [_posterior(glmm, *tasks[0])]  # says what is not about the tree
     if by_evidence and np.isnan(found[0].posterior.log_evidence):
         raise DataError(
             "tree_weights='evidence' needs evidence, which a model with a flat prior, or with reml=False, does not have. Give "
             "another prior, or tree_weights='equal'."
         )
     with progress(total=len(tasks), desc="trees", unit="tree") as bar, one_of_many():
-        bar.update()
-        for task in tasks[1:]:
+        bar.update(len(found))
+        for task in tasks[len(found) :]:
             found.append(_posterior(glmm, *task))
             bar.update()
     told = [told_by(one) for one in found]
@@ -111,16 +122,7 @@ def _posterior(
     glmm: GLMM, components: Sequence[Component], cells: Cells, ancestry: Ancestry, rng: np.random.Generator
 ) -> Integrated:
     try:
-        return glmm.with_components(components).posterior(
-            cells.response,
-            cells.design,
-            cells.offset,
-            trials=cells.trials,
-            terms=cells.terms,
-            levels=cells.levels,
-            response=cells.response_name,
-            rng=rng,
-        )
+        return glmm.with_components(components).posterior(**arguments_of(cells), rng=rng)
     except DataError as e:
         raise DataError(f"{ancestry.label}: {e}") from e
     except Exception as e:

@@ -1,4 +1,4 @@
-"""Sets of the calibration: what is drawn again, what fails, and what a run that goes on finds."""
+"""Sets of the calibration: what is drawn again, what fails, what a run that goes on finds, and the same whatever works on them."""
 
 import numpy as np
 import pandas as pd
@@ -60,3 +60,29 @@ def test_sets_are_found_again(script, tmp_path):
     calibration.keep((row(script, inheritance=x) for x in inheritances), path)
     have = calibration.finished(path)
     assert have == {task(script, inheritance=x).key for x in inheritances}
+
+
+SPENT = ["seconds", "cpu_seconds"]
+
+
+def sets(script, monkeypatch, folder, *words):
+    out = folder / "table.csv"
+    arguments = ["--sets", "3", "--n", "40", "--families", "poisson", "--out", out, *words]
+    monkeypatch.setattr("sys.argv", ["calibration.py", *map(str, arguments)])
+    script("calibration").main()
+    return pd.read_csv(folder / "table_sets.csv").drop(columns=SPENT)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_change_nothing_and_a_run_goes_on(script, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("distributed")
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = sets(script, monkeypatch, one)
+    pd.testing.assert_frame_equal(sets(script, monkeypatch, two, "--workers", "2"), alone)
+    path = one / "table_sets.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + "40,range,vari")  # stopped while it wrote
+    kept = path.read_text().splitlines()[1]
+    again = sets(script, monkeypatch, one, "--resume")
+    assert path.read_text().splitlines()[1] == kept
+    pd.testing.assert_frame_equal(again, alone)
+    assert "share_lineage" in capsys.readouterr().out

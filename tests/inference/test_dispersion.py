@@ -8,7 +8,7 @@ import pytest
 import cellfate as cf
 from cellfate.errors import DataError
 from cellfate.inference.dispersion import FEWEST, dispersion_trend, mean_count
-from cellfate.inference.many import chunks, fit_many
+from cellfate.inference.many import Responses, chunks, fit_many
 
 N, GENES = 90, 24
 A0, A1, SPREAD = 0.3, 0.6, 0.3
@@ -40,9 +40,8 @@ def reader(counts):
 
 def test_trend_is_found(glmm, genes):
     _, counts, mean, _, names = genes
-    trend = dispersion_trend(
-        glmm.shared(), names, reader(counts), chunks(GENES, N, "auto"), np.ones((N, 1)), None, None
-    )
+    ready = Responses(glmm, GENES, N, np.ones((N, 1))).ready()
+    trend = dispersion_trend(names, reader(counts), chunks(GENES, N, "auto"), ready.estimates)
     for at in (mean.min(), np.median(mean), mean.max()):
         # 24 genes, each with a spread of 0.3 and an error of about 0.6: known to 0.7 / sqrt(24) in the middle and twice that at
         # the ends; three of these
@@ -99,5 +98,6 @@ def test_a_response_that_cannot_be_read_has_no_part_in_it(glmm, genes):
     def read(part):
         return [DataError("no") if i == 3 else counts[:, i] for i in range(*part.indices(GENES))]
 
-    trend = dispersion_trend(glmm.shared(), names, read, chunks(GENES, N, 7), np.ones((N, 1)), None, None)
+    ready = Responses(glmm, GENES, N, np.ones((N, 1))).ready()
+    trend = dispersion_trend(names, read, chunks(GENES, N, 7), ready.estimates)
     assert trend is not None

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import cellfate as cf
-from cellfate import DataError, cli
+from cellfate import DataError
+from cellfate.cli import fit as command
 from cellfate.io.anndata import read_cells
 from cellfate.kernels import CorrelatedSlopes
 from tests.embryo import embryo
@@ -131,7 +132,7 @@ def test_a_formula_with_a_bar_is_sent_to_groups(two_forms):
 
 
 def test_on_the_command_line():
-    assert cli._groups(["batch", "dish=(1 + hours | dish)"]) == {"batch": "~ 1", "dish": "(1 + hours | dish)"}
+    assert command._groups(["batch", "dish=(1 + hours | dish)"]) == {"batch": "~ 1", "dish": "(1 + hours | dish)"}
 
 
 @pytest.mark.parametrize(
