@@ -375,7 +375,8 @@ def test_fits_that_cannot_be_compared(more):
 
 
 def test_the_log_says_what_is_replaced_and_where_a_level_is_one_specimen(caplog):
-    adata = populations((1.0, 1.0), n=40, specimens=1, family="gaussian")
+    adata = cf.datasets.simulate(80, family="gaussian", n_specimens=2, rng=0)
+    adata.obs["genotype"] = np.where(adata.obs["specimen"] == "specimen0", "mutant", "wild type")
     cf.tl.decompose(adata, "fate", family="gaussian", library_key="specimen", lengthscale=0.5, rng=0)
     with caplog.at_level("INFO", logger="cellfate"):
         cf.tl.by_condition(adata, "genotype", rng=0)
