@@ -9,7 +9,8 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,12 @@ def reference_dir() -> Path:
     if not folder or not (path := Path(folder)).is_dir():
         pytest.skip("needs the reference numbers: set CELLFATE_REFERENCE, or CELLFATE_DATA to the folder beside them")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _as_many_threads():
+    """The first compiled loop of numba starts OpenMP, and gives torch as many threads as there are cores: processes then fight over them."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
