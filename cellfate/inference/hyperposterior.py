@@ -14,31 +14,20 @@ import numpy as np
 import torch
 from scipy.spatial import KDTree
 from scipy.special import logsumexp
-from torch import Tensor
 
-from cellfate._runtime import logger, out_of_memory, progress
-from cellfate.engines.base import Engine, Sites
-from cellfate.inference.free_energy import Evaluation, evaluate, likelihood_at, log_evidence
+from cellfate.engines.base import Engine
 from cellfate.inference.importance import FoldedT, Surface, effective, pareto_smooth, systematic, uniforms
-from cellfate.inference.mode import LARGE, MEMORY, Mode, at_once
-from cellfate.inference.sites import Laplace, Likelihood, Rule
-from cellfate.kernels.base import Term
-from cellfate.model.glmm import FIXED, RESIDUAL, Model
-from cellfate.model.partition import SHARED
+from cellfate.inference.mode import LARGE, MEMORY, Mode
+from cellfate.inference.points import Points, evaluate_points
+from cellfate.inference.sites import Rule
+from cellfate.model.glmm import Model
 from cellfate.model.priors import Flat
 
-LOOSE, LOOSER = 0.01, 0.03  # of site updates, means in sds and the free energy in nats; with many cells
-SLOW = 0.003  # the same where a cell has several fields: with many cells those settle slowly, and couplings between cells with them
 INFLATE = 1.3  # of the proposal's scale
 MANY = 16  # points at once from which on they are cheap
 FILL = 0.25  # share of the points that fill gaps
 CLOUD = 2**14  # draws weighted by the interpolant
 DRAWS = 4000  # equally weighted, kept
-FIELDS, FEWER = (
-    16,
-    6,
-)  # draws of the fields at each point, for realized variances and the spread of effects; of large fields
-KNOWN = 2  # of the latter, that are divided among the components: over many cells a sample variance hardly differs between draws
 LARGEST_K = 0.7
 LARGEST_ERROR = 0.3  # of the interpolant, in log density: more points are placed while it is larger
 REACH = 2.5  # posterior sds from evaluated points within which gaps are filled where a point is dear: further out it takes longest
@@ -78,49 +67,11 @@ class Hyperposterior:
     unsettled: int  # points whose site updates did not converge
 
 
-@dataclass
-class _Points:
-    """What is kept of each evaluated point."""
-
-    u: np.ndarray
-    log_posterior: np.ndarray
-    means: dict[str, np.ndarray]  # (points, n)
-    spreads: dict[str, np.ndarray]  # (points, n), posterior variance estimated from the draws of the fields
-    beta: np.ndarray
-    beta_factor: np.ndarray
-    realized: dict[str, np.ndarray]  # (points, fields)
-    unsettled: int
-
-    @staticmethod
-    def join(parts: list[_Points]) -> _Points:
-        first = parts[0]
-        return _Points(
-            np.concatenate([p.u for p in parts]),
-            np.concatenate([p.log_posterior for p in parts]),
-            {k: np.concatenate([p.means[k] for p in parts]) for k in first.means},
-            {k: np.concatenate([p.spreads[k] for p in parts]) for k in first.spreads},
-            np.concatenate([p.beta for p in parts]),
-            np.concatenate([p.beta_factor for p in parts]),
-            {k: np.concatenate([p.realized[k] for p in parts]) for k in first.realized},
-            sum(p.unsettled for p in parts),
-        )
-
-
-def predicted_sites(mode: Mode, likelihood: Likelihood, u: Tensor, rule: Rule) -> Sites:
-    """Sites at points u (points, d), from the posterior moments extrapolated linearly from the mode."""
-    step = u - mode.u
-    mean = mode.mean + step @ mode.mean_slope
-    log_variance = mode.log_variance + (step @ mode.log_variance_slope).clamp(-3.0, 3.0)
-    e = likelihood.at(mean) if isinstance(rule, Laplace) else likelihood.expect(mean, log_variance.exp())
-    precision = e.precision.clamp(min=0.0)
-    return Sites(precision, precision * mean + e.slope)
-
-
 def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.random.Generator) -> Hyperposterior:
     """Integrate over the hyperparameters."""
     d = len(mode.u)
     if d == 0:
-        points = _evaluate(model, engine, rule, mode, np.zeros((1, 0)), rng)
+        points = evaluate_points(model, engine, rule, mode, np.zeros((1, 0)), rng)
         draws = _with_beta(np.zeros((DRAWS, 0)), points.beta.repeat(DRAWS, 0), points.beta_factor.repeat(DRAWS, 0), rng)
         return _summarize(
             model, points, np.ones(1), draws, _Diagnostics(float(points.log_posterior[0]), -np.inf, 0.0, DRAWS), rng
@@ -141,24 +92,24 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
     proposals: list[FoldedT] = []
     counts: list[int] = []
     kept: list[float] = []  # share of the draws that lies within the bounds
-    drawn: list[_Points] = []
-    filled: list[_Points] = []
+    drawn: list[Points] = []
+    filled: list[Points] = []
     while True:
         proposals.append(FoldedT(location, INFLATE * scale, folded))
         u = _inside(model, proposals[-1].draw(uniforms(4 * count, d + 1, rng)))
         kept.append(len(u) / (4 * count))
         u = u[: count - fill]
         counts.append(len(u))
-        drawn.append(_evaluate(model, engine, rule, mode, u, rng))
-        points = _Points.join(drawn + filled)
+        drawn.append(evaluate_points(model, engine, rule, mode, u, rng))
+        points = Points.join(drawn + filled)
         cloud = _Cloud(model, mode, proposals, counts, rng)
         last, off = len(proposals) == ROUNDS, False
         if cloud.fit(points):
             off = cloud.pareto_k > LARGEST_K
             while np.isfinite(cloud.error) and len(points.u) < most and (last or not off):
                 gaps, expected, weight = cloud.gaps(fill, reach)
-                filled.append(_evaluate(model, engine, rule, mode, gaps, rng))
-                points = _Points.join(drawn + filled)
+                filled.append(evaluate_points(model, engine, rule, mode, gaps, rng))
+                points = Points.join(drawn + filled)
                 if cloud.fit(points):
                     cloud.tested(expected, weight, filled[-1].log_posterior)
                 # where points are few it may only show now, where they are many more of them mend it
@@ -171,9 +122,7 @@ def integrate(model: Model, engine: Engine, rule: Rule, mode: Mode, rng: np.rand
 
     if cloud.error <= USELESS:
         return _summarize(model, points, cloud.mass, cloud.draws(rng), _diagnosed(cloud), rng, cloud.quadrature)
-    points = _Points.join(
-        drawn
-    )  # the points that fill gaps are no draws of a proposal, and have no weight of their own
+    points = Points.join(drawn)  # the points that fill gaps are no draws of a proposal, and have no weight of their own
     log_ratio = np.nan_to_num(points.log_posterior - _mixture(proposals, counts, points.u), nan=-np.inf, neginf=-np.inf)
     log_weight, k = pareto_smooth(log_ratio)
     chosen = systematic(np.exp(log_weight), DRAWS, rng)[rng.permutation(DRAWS)]
@@ -236,7 +185,7 @@ class _Cloud:
         )
         return np.linalg.solve(self._scale, squared.T).T
 
-    def fit(self, points: _Points) -> bool:
+    def fit(self, points: Points) -> bool:
         """Interpolate through `points`; False where there are too few.
 
         With many cells the log posterior is all but quadratic and points are few, so it is taken as it is; its ratio to the proposal,
@@ -352,110 +301,6 @@ def _factor(model: Model, mode: Mode) -> np.ndarray:
     return np.linalg.cholesky((vectors / values) @ vectors.T * unit[:, None] * unit)
 
 
-@torch.no_grad()
-def _evaluate(model: Model, engine: Engine, rule: Rule, mode: Mode, u: np.ndarray, rng: np.random.Generator) -> _Points:
-    """Free energy and summaries at points u (points, d), as many at once as memory allows."""
-    at = torch.as_tensor(u, dtype=mode.u.dtype, device=mode.u.device)
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in rng.integers(2**62, size=len(u))]
-    parts, size, done = [], at_once(model, engine), 0
-    with progress(total=len(u), desc="hyperposterior", unit="point") as bar:
-        while done < len(u):
-            chunk = slice(done, done + size)
-            try:
-                parts.append(_evaluate_chunk(model, engine, rule, mode, at[chunk], generators[chunk]))
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not out_of_memory(error):
-                    raise
-                size = max(1, size // 2)  # points do not depend on their company
-                logger.info("out of memory: %d hyperparameter points at once from here on", size)
-                continue
-            bar.update(len(at[chunk]))
-            done += size
-    return _Points.join(parts)
-
-
-def _evaluate_chunk(
-    model: Model, engine: Engine, rule: Rule, mode: Mode, u: Tensor, generators: list[torch.Generator]
-) -> _Points:
-    theta = model.theta(u)
-    start = predicted_sites(mode, likelihood_at(model, theta), u, rule)
-    tolerance = LOOSE if model.data.n <= LARGE else SLOW if model.family.dear else LOOSER
-    here = evaluate(model, engine, theta, rule, start=start, tolerance=tolerance)
-    return _keep(model, engine, u, here, log_evidence(model, here, rule) + model.log_prior(u), generators)
-
-
-def _keep(
-    model: Model, engine: Engine, u: Tensor, here: Evaluation, value: Tensor, generators: list[torch.Generator]
-) -> _Points:
-    posterior, terms = here.posterior, here.terms
-    means = {term.name: posterior.component_mean(term) for term in terms}
-    count = FEWER if model.data.n > LARGE else FIELDS
-    fields = posterior.sample(terms, count, generators)
-    spreads = {name: (fields[name] - mean[..., None]).square().mean(-1).cpu().numpy() for name, mean in means.items()}
-    beta, factor = _beta(model, here)
-    if model.data.n > LARGE:
-        fields, count = {name: x[..., :KNOWN] for name, x in fields.items()}, KNOWN
-    parts = _of_known_field(engine, terms, fields, posterior.prior)
-    if here.theta.beta is not None and here.theta.beta.shape[1]:
-        parts[FIXED] = (here.theta.beta @ model.data.design.mT)[..., None].expand(-1, -1, count)
-
-    def spread(x: Tensor) -> np.ndarray:
-        """Sample variance over the cells, on average over copies."""
-        x = x.unflatten(-2, (model.data.copies, -1))
-        return x.var(-2).mean(-2).cpu().numpy()
-
-    realized = {name: spread(part) for name, part in parts.items()}
-    realized[SHARED] = spread(torch.as_tensor(sum(parts.values()))) - sum(realized.values())
-    if model.family.parameter == "variance_residual":
-        residual = here.theta.values["sd_residual"].square().cpu().numpy()
-        realized[RESIDUAL] = np.repeat(residual[:, None], count, axis=1)
-    return _Points(
-        u=u.cpu().numpy(),
-        log_posterior=value.cpu().numpy(),
-        means={name: mean.cpu().numpy() for name, mean in means.items()},
-        spreads=spreads,
-        beta=beta,
-        beta_factor=factor,
-        realized=realized,
-        unsettled=int((here.fit.status != 0).sum()),
-    )
-
-
-def _of_known_field(
-    engine: Engine, terms: list[Term], fields: dict[str, Tensor], prior: object | None = None
-) -> dict[str, Tensor]:
-    """What each component is expected to hold of draws (points, n, count) of the whole field, if the field were known.
-
-    K_k K^-1 u. Draws of the components themselves would never show what two of them explain alike: where one has more of it in a
-    draw, the other has less. Of a field that is known, two components of one kernel are expected to hold half each.
-    """
-    whole = torch.as_tensor(sum(fields.values()))
-    tiny = torch.finfo(whole.dtype).eps ** 0.5 * whole.var(-2).mean(-1, keepdim=True)
-    precision = (1 / tiny.clamp(min=torch.finfo(whole.dtype).tiny ** 0.5)).expand(whole.shape[:-1])
-    known = engine.condition(terms, Sites(precision, torch.zeros_like(precision)), prior)
-    weights = known.residual(whole)
-    parts = {term.name: known.component_times(term, weights) for term in terms if term.name != FIXED}
-    if len(parts) < len(terms):
-        # all parts are K R u = u - R u / precision; a product with a wide prior would have fewer digits than what the others leave
-        parts[FIXED] = whole - weights / precision[..., None] - torch.as_tensor(sum(parts.values()))
-    return parts
-
-
-def _beta(model: Model, here: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (points, p) and lower factor (points, p, p) of the fixed effects at each point; no spread where they are parameters."""
-    points, p = here.free_energy.shape[0], model.data.design.shape[1]
-    for term in here.terms:
-        if term.name == FIXED:
-            mean, covariance = here.posterior.coefficients(term)
-            sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-            correlation = covariance / (sd[..., :, None] * sd[..., None, :])
-            factor, info = torch.linalg.cholesky_ex(correlation)
-            factor = torch.where((info != 0)[:, None, None], torch.full_like(factor, torch.nan), factor)
-            return mean.cpu().numpy(), (sd[..., None] * factor).cpu().numpy()
-    beta = np.zeros((points, p)) if here.theta.beta is None else here.theta.beta.cpu().numpy()
-    return beta, np.zeros((points, p, p))
-
-
 def _with_beta(
     u: np.ndarray, mean: np.ndarray, factor: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -464,7 +309,7 @@ def _with_beta(
 
 def _summarize(
     model: Model,
-    points: _Points,
+    points: Points,
     weight: np.ndarray,
     draws: tuple[np.ndarray, np.ndarray],
     diagnostics: _Diagnostics,

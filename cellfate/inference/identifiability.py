@@ -90,9 +90,9 @@ def expected(model: Model, engine: Engine, values: Mapping[str, float], precisio
     drawn = engine.condition(terms, nothing).sample(terms, draws, [seeded])
     fields = {name: drawn[name][0] for name in PAIR}
     noise = torch.randn(n, draws, generator=seeded, dtype=torch.float64).to(like) / precision**0.5
-    for name in PAIR:
+    for name, place in zip(PAIR, places, strict=True):
         absent = {f"variance_{name}": 1e-8 * values[f"variance_{name}"]}
-        place, part = order.index(f"variance_{name}"), information(absent)
+        part = information(absent)
         # a component that is absent has no shape to be estimated
         nuisance = [i for i, parameter in enumerate(order) if not parameter.endswith(f"_{name}")]
         known = part + np.diag(weak)

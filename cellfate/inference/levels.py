@@ -19,10 +19,11 @@ from torch import Tensor
 from cellfate._runtime import one_of_many
 from cellfate.engines.base import Engine, Sites
 from cellfate.inference.free_energy import evaluate, evaluate_with_gradient, log_evidence
-from cellfate.inference.hyperposterior import INFLATE, LARGEST_K, LOOSE, ROUNDS, integrate
+from cellfate.inference.hyperposterior import INFLATE, LARGEST_K, ROUNDS, integrate
 from cellfate.inference.importance import FoldedT, pareto_smooth, uniforms
 from cellfate.inference.locate import locate
 from cellfate.inference.mode import MEMORY, TIGHT, Mode, at_once, repeat
+from cellfate.inference.points import LOOSE
 from cellfate.inference.report import doubts_of, mode_values
 from cellfate.inference.sites import Rule
 from cellfate.kernels.base import Component

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cellfate.inference.hyperposterior import _Cloud, _Points
+from cellfate.inference.hyperposterior import _Cloud
 from cellfate.inference.importance import FoldedT, uniforms
+from cellfate.inference.points import Points
 
 SUM, RESIDUAL = (1.2, 0.02), (0.15, 0.05)  # means and sds of the sum of two variances, and of one of them
 
@@ -36,7 +37,7 @@ def test_a_ridge_between_two_variances_needs_few_points():
         model, SimpleNamespace(u=torch.tensor(mode), curvature=torch.tensor(curvature)), [proposal], [len(u)], rng
     )
     empty = np.zeros((len(u), 0))
-    points = _Points(u, log_posterior(u), {}, {}, empty, np.zeros((len(u), 0, 0)), {}, 0)
+    points = Points(u, log_posterior(u), {}, {}, empty, np.zeros((len(u), 0, 0)), {}, 0)
     assert cloud.fit(points)
     drawn, _ = cloud.draws(rng)
     assert cloud.error < 0.1  # by their logs or sds as they are: 0.45, and the sd below is 15 % too small

@@ -10,8 +10,9 @@ import cellfate as cf
 from cellfate.engines.base import Sites
 from cellfate.errors import DataError
 from cellfate.inference.free_energy import evaluate
-from cellfate.inference.hyperposterior import _Diagnostics, _Points, _summarize
+from cellfate.inference.hyperposterior import _Diagnostics, _summarize
 from cellfate.inference.mode import find_mode
+from cellfate.inference.points import Points
 from cellfate.inference.sites import RULES, Variational
 from cellfate.inference.variational_laplace import Status
 from cellfate.kernels.base import Component, Given
@@ -95,7 +96,7 @@ def test_a_failed_point_has_no_say():
     good = {"lineage": np.ones((2, n)), "spatial": np.zeros((2, n))}
     bad = {name: np.concatenate([x, np.full((1, n), np.nan)]) for name, x in good.items()}
     realized = {name: np.ones((3, 16)) for name in good}
-    points = _Points(
+    points = Points(
         np.ones((3, 2)), np.array([0.0, 0.0, np.nan]), bad, bad, np.zeros((3, 2)), np.zeros((3, 2, 2)), realized, 1
     )
     draws = np.ones((4000, 2)), np.zeros((4000, 2))

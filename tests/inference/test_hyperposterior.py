@@ -13,8 +13,9 @@ from cellfate.engines.base import Sites
 from cellfate.engines.structured import StructuredEngine
 from cellfate.get import components
 from cellfate.inference.free_energy import evaluate
-from cellfate.inference.hyperposterior import LOOSE, Hyperposterior, _of_known_field, integrate, too_large
+from cellfate.inference.hyperposterior import Hyperposterior, integrate, too_large
 from cellfate.inference.mode import find_mode
+from cellfate.inference.points import LOOSE, of_known_field
 from cellfate.inference.sites import Laplace, Variational
 from cellfate.kernels.base import Component
 from cellfate.kernels.groups import Intercepts
@@ -250,7 +251,7 @@ def test_parts_of_a_known_field(name):
     whole = torch.linalg.cholesky(sum(k.values())) @ double(rng.standard_normal((1, n, 3)))
     fields = {t.name: whole * (t.name == "lineage") for t in terms}
     fast = StructuredEngine(model.components, n, device="cpu", dtype=torch.float64, rank=n, ranges={})
-    parts = _of_known_field(dense if name == "dense" else fast, terms, fields)
+    parts = of_known_field(dense if name == "dense" else fast, terms, fields)
     for t in terms:
         expected = k[t.name] @ torch.linalg.solve(sum(k.values()), whole)
         torch.testing.assert_close(parts[t.name], expected, rtol=1e-5, atol=1e-5)
